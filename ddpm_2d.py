@@ -34,6 +34,7 @@ FLAGS = {  # name: (default, what it takes)
     "lr": (0.005, "learning rate at the start, above 0"),
     "T": (1000, "diffusion steps, 21 to 10000"),
     "schedule": ("linear", "linear, cosine or sigmoid"),
+    "n": (10_000, "samples to draw, 2 or more"),
     "seed": (0, "seed of all randomness, a whole number"),
     "device": ("auto", "auto, cpu, cuda or mps"),
     "out": ("runs/ddpm_2d", "folder for the results"),
@@ -241,8 +242,9 @@ def main(argv=None):
             reason = str(error).partition("\n")[0]
             parser.error(f"--{flag} {vars(args)[flag]}: {reason}; use {FLAGS[flag][1]}")
 
-    for flag, value in (("steps", args.steps), ("batch-size", args.batch_size), ("lr", args.lr)):
-        if not 0 < value < math.inf:
+    for flag, low in (("steps", 1), ("batch-size", 1), ("lr", 1e-9), ("n", 2)):
+        value = vars(args)[flag.replace("-", "_")]
+        if not low <= value < math.inf:
             parser.error(f"--{flag} {value}: use {FLAGS[flag][1]}")
     saved = {"config": {}, "log": []}
     if args.load:
@@ -276,6 +278,7 @@ def main(argv=None):
             loss = diffusion.p_losses(net, x0, y)
             log.append([step, loss.item(), scheduler.get_last_lr()[0], bar.format_dict["elapsed"]])
             if not loss.isfinite():
+                bar.close()
                 parser.error(f"--lr {args.lr}: loss {loss:g} at step {step}; use a lower one")
             optimizer.zero_grad()
             loss.backward()
@@ -290,7 +293,7 @@ def main(argv=None):
     torch.save({"ddpm_2d": state}, part / "model.pt")
     (part / "model.pt").replace(out / "model.pt")
 
-    xT, (x0, y) = torch.randn(10_000, 2, device=device), data.sample(10_000)
+    xT, (x0, y) = torch.randn(args.n, 2, device=device), data.sample(args.n)
     loops = [diffusion.p_sample_loop(model, part) for part in xT.split(2500)]  # fits the cache
     bar = tqdm(zip(*loops), desc="sample", total=T + 1)
     path = [torch.cat(parts) for parts in bar]  # x_T, ..., x_0
@@ -298,7 +301,7 @@ def main(argv=None):
     ddim = partial(diffusion.ddim_sample_loop, model, xT, min(50, T), y=y)
     fast, guided = list(ddim(guidance=0))[-1], list(ddim(guidance=2))[-1]
 
-    draws, generator = data.sample(90_000)[0].split(10_000), torch.Generator(device)
+    draws, generator = data.sample(9 * args.n)[0].split(args.n), torch.Generator(device)
     bound = diffusion.variational_bound(model, x0[:512], generator=generator.manual_seed(0))
     ideal_bound = diffusion.variational_bound(ideal, x0[:512], generator=generator.manual_seed(0))
     weight = diffusion.beta[2:] / diffusion.alpha[2:] / diffusion.noise[1:-1] ** 2  # Eq. (12)
@@ -340,7 +343,12 @@ def main(argv=None):
     if data.sigma:
         cells = [
             [
-                (f"{name} score, t = {t}", q[t], one + 5, -f(grid, one[:324] + t))
+                (
+                    f"{name} score, t = {t}",
+                    q[t],
+                    one + 5,
+                    -f(grid, torch.full_like(grid[:, 0], t).long()),
+                )
                 for t in list(q)[1:4]
             ]
             for name, f in (("exact", ideal), ("learned", torch.no_grad()(model)))
@@ -361,7 +369,8 @@ def main(argv=None):
         ax.set(xlabel=xlabel)
         ax.legend()
     fig.savefig(part / "training.png", dpi=120)
-    np.save(part / "samples.npy", path[-1].cpu() * std + mean)
+    samples = path[-1].cpu() if data.sigma else path[-1].cpu() * std + mean  # in the file's units
+    np.save(part / "samples.npy", samples.float())
     np.savetxt(part / "log.csv", log, header="step,loss,lr,seconds", delimiter=",", comments="")
     (part / "metrics.json").write_text(json.dumps(metrics, indent=1))
     for file in part.iterdir():

@@ -1,0 +1,112 @@
+"""What holds for every script: layout, metadata, shared text, README."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(ROOT.glob("ddpm_*.py"))
+REQUIREMENTS = (ROOT / "requirements.txt").read_text()
+README = (ROOT / "README.md").read_text()
+TESTING = {"pytest", "hypothesis"}
+
+
+def pins():
+    return dict(line.split("==") for line in REQUIREMENTS.split())
+
+
+def version(text):
+    return tuple(int(part) for part in text.split("."))
+
+
+@pytest.fixture(params=SCRIPTS, ids=lambda path: path.name)
+def script(request):
+    return request.param
+
+
+def test_script_is_one_short_file(script):
+    lines = script.read_text().splitlines()
+    assert len(lines) <= 300
+    assert max(map(len, lines)) <= 100
+    for node in ast.walk(ast.parse(script.read_text())):  # one statement a line
+        body = getattr(node, "body", [])
+        starts = [child.lineno for child in body] if isinstance(body, list) else []
+        assert len(set(starts)) == len(starts)
+
+
+def test_script_imports_no_other_script(script):
+    tree = ast.parse(script.read_text())
+    names = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not names & {other.stem for other in SCRIPTS}
+
+
+def test_public_definitions_have_docstrings(script):
+    tree = ast.parse(script.read_text())
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            assert ast.get_docstring(node), node.name
+            for method in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(method, ast.FunctionDef) and method.name not in (
+                    "__init__",
+                    "forward",
+                ):
+                    assert ast.get_docstring(method), method.name
+
+
+def test_inline_metadata_agrees_with_requirements(script):
+    block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", script.read_text())[1]
+    named = dict(re.findall(r'"([a-z]+)>=([\d.]+)"', block))
+    assert 'requires-python = ">=3.11"' in block
+    assert named.keys() == pins().keys() - TESTING
+    for name, lowest in named.items():
+        assert version(pins()[name]) >= version(lowest), name
+
+
+def definitions(path):
+    """Source of the top-level functions and of the methods, by qualified name."""
+    source, found = path.read_text(), {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = ast.get_source_segment(source, node)
+        if isinstance(node, ast.ClassDef):
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef):
+                    text = ast.get_source_segment(source, method)
+                    found[f"{node.name}.{method.name}"] = text
+    return found
+
+
+# what differs on purpose: each script's own data, network, metrics and pictures
+OWN = {"main", "draw", "train", "evaluate", "scatter"}
+
+
+def test_definitions_of_the_same_name_have_the_same_text():
+    for i, first in enumerate(SCRIPTS):
+        for second in SCRIPTS[i + 1 :]:
+            a, b = definitions(first), definitions(second)
+            for name in a.keys() & b.keys() - OWN:
+                assert a[name] == b[name], f"{name} differs in {first.name} and {second.name}"
+
+
+def test_readme_shows_every_script_and_only_files_that_exist():
+    for path in SCRIPTS:
+        assert path.name in README
+    for link in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
+    for picture in re.findall(r"!\[(.*?)\]", README):
+        assert picture.strip(), "a picture without alternative text"
+
+
+def test_nothing_names_the_machine_it_was_made_on():
+    for path in [*SCRIPTS, ROOT / "README.md", *ROOT.glob("tests/*.py")]:
+        if path.name != Path(__file__).name:
+            assert not re.search(r"/(work|root|home|tmp)/", path.read_text()), path
