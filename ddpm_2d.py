@@ -29,7 +29,7 @@ FLAGS = {  # name: (default, what it takes)
         "8gaussians",
         "8gaussians moons circles swissroll spirals checkerboard, or .npy, .csv",
     ),
-    "steps": (5000, "training steps, 1 or more"),
+    "steps": (4000, "training steps, 1 or more"),
     "batch-size": (1024, "points per training step, 1 or more"),
     "lr": (0.005, "learning rate at the start, above 0"),
     "T": (1000, "diffusion steps, 21 to 10000"),
@@ -199,10 +199,10 @@ class ToyData:
 def load_data(name):
     """A toy set or the rows x,y[,label] of a file as ToyData of mean 0 and variance 1 per axis, and
     the mean [2] and std [2] that undo that. Raises OSError or ValueError."""
-    u = torch.linspace(0, 1, 500, dtype=torch.float64)
+    u = torch.linspace(0, 1, 300, dtype=torch.float64)
     half, full = torch.exp(1j * math.pi * u), torch.exp(2j * math.pi * u)  # points as x + iy
     roll, arm = (a * torch.exp(1j * a) for a in (math.pi * (1.5 + 3 * u), 3 * math.pi * u.sqrt()))
-    x, y = torch.meshgrid(torch.arange(48) / 12, torch.arange(48) / 12, indexing="xy")
+    x, y = torch.meshgrid(torch.arange(40) / 10, torch.arange(40) / 10, indexing="xy")
     toys = {  # points in the order of their labels, number of labels, sigma
         "8gaussians": (torch.exp(2j * math.pi * torch.arange(8) / 8), 8, 0.15),
         "moons": (torch.cat([half, 1 + 0.5j - half]), 2, 0.08),
@@ -258,7 +258,7 @@ def main(argv=None):
     check("device", lambda: torch.zeros(1, device=device))
     T, out, part = args.T, Path(args.out), Path(args.out, ".part")
     check("schedule", lambda: beta_schedule(args.schedule, 1000))
-    diffusion = check("T", lambda: Diffusion(T, args.schedule)).to(device)
+    diffusion = check("T", lambda: Diffusion(T, args.schedule).to(device))
     data, mean, std = check("data", lambda: load_data(args.data))
     check("out", lambda: part.mkdir(parents=True, exist_ok=True))
 
@@ -297,7 +297,7 @@ def main(argv=None):
     loops = [diffusion.p_sample_loop(model, part) for part in xT.split(2500)]  # fits the cache
     bar = tqdm(zip(*loops), desc="sample", total=T + 1)
     path = [torch.cat(parts) for parts in bar]  # x_T, ..., x_0
-    seconds = {"train_seconds": log[-1][3], "sample_seconds": bar.format_dict["elapsed"]}
+    train_seconds, sample_seconds = log[-1][3], bar.format_dict["elapsed"]
     ddim = partial(diffusion.ddim_sample_loop, model, xT, min(50, T), y=y)
     fast, guided = list(ddim(guidance=0))[-1], list(ddim(guidance=2))[-1]
 
@@ -313,23 +313,23 @@ def main(argv=None):
         metrics[name] = (clouds[2:] - cloud).abs().mean() / clouds[2:].diff(dim=0).abs().mean()
     if data.sigma:  # the truth is known
         metrics |= {"ideal_bound_nats": ideal_bound.sum(), "entropy_nats": data.entropy()}
-        low = torch.cat([data.log_prob(x) for x in draws]).quantile(0.001)
+        low = torch.cat([data.log_prob(x) for x in torch.cat(draws).split(1000)]).quantile(0.001)
         metrics["off_support"] = (data.log_prob(path[-1]) < low).float().mean()
         metrics["excess_loss"] = metrics["loss"] / losses[:, 1].mean() - 1
     metrics = {key: value.item() for key, value in metrics.items()}
     metrics |= {"script": "ddpm_2d", **vars(args), "device": str(device), "steps": len(log)}
     metrics |= {"parameters": sum(p.numel() for p in net.parameters()), "torch": torch.__version__}
-    metrics |= seconds
+    metrics |= {"train_seconds": train_seconds, "sample_seconds": sample_seconds}
 
     def sheet(name, *rows):  # rows of clouds; a cell is (title, points, labels[, arrows])
         fig = Figure(figsize=(2.4 * len(rows[0]), 2.5 * len(rows)), layout="constrained")
         axes = fig.subplots(len(rows), len(rows[0]), squeeze=False)
         for ax, (title, x, y, *arrows) in zip(axes.flat, sum(rows, [])):
             ax.scatter(*x.cpu().T, s=1, c=np.array(COLORS)[y.cpu() % len(COLORS)], alpha=0.5, lw=0)
-            ax.set(title=title, xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), aspect="equal")
-            ax.set(xticks=[], yticks=[])
+            ax.set(title=title, xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), xticks=[], yticks=[])
             for v in arrows:
-                ax.quiver(*grid.cpu().T, *(v / (1 + v.norm(dim=1)[:, None])).cpu().T, scale=18)
+                v = v.detach() / (1 + v.norm(dim=1, keepdim=True)).detach()  # long ones shortened
+                ax.quiver(*grid.cpu().T, *v.cpu().T, scale=18)
         fig.savefig(part / name, dpi=120)
         return fig, axes[0, 0].collections[0].set_offsets
 
@@ -341,32 +341,26 @@ def main(argv=None):
     panels += [(f"DDIM, {min(50, T)} steps", fast, one), ("DDIM, guidance 2", guided, y)]
     sheet("results.png", panels)
     if data.sigma:
-        cells = [
-            [
-                (
-                    f"{name} score, t = {t}",
-                    q[t],
-                    one + 5,
-                    -f(grid, torch.full_like(grid[:, 0], t).long()),
-                )
-                for t in list(q)[1:4]
-            ]
-            for name, f in (("exact", ideal), ("learned", torch.no_grad()(model)))
-        ]
-        sheet("score.png", *cells)
+        at = {t: torch.full(grid.shape[:1], t, device=device) for t in list(q)[1:4]}
+        fields = ("exact score", ideal), ("learned score", model)
+        cloud = 5 + one  # pale, under the arrows
+        sheet(
+            "score.png",
+            *[[(f"{k}, t = {t}", q[t], cloud, -f(grid, at[t])) for t in at] for k, f in fields],
+        )
     fig, move = sheet("sampling.gif", [("from noise to data", xT, one)])
     film = FuncAnimation(fig, lambda k: move(path[k].cpu()), range(0, T + 1, T // 20))
     film.save(part / "sampling.gif", writer="pillow")
-    fig = Figure(figsize=(10, 3), layout="constrained")
+    fig, snr = (
+        Figure(figsize=(10, 3), layout="constrained"),
+        (diffusion.signal / diffusion.noise) ** 2,
+    )
     left, middle, right = fig.subplots(1, 3)
-    smooth = np.convolve(np.array(log)[:, 1], np.ones(50) / 50, "valid")
-    left.plot(smooth, label="training loss, mean of 50 steps")
-    middle.plot(losses.cpu(), label=["loss at t, network", "best possible"])
-    curves = diffusion.beta, diffusion.alpha_bar, (diffusion.signal / diffusion.noise) ** 2
-    right.plot(torch.stack(curves, 1)[1:].cpu(), label=["beta", "alpha_bar", "SNR"])
-    right.set(yscale="log")
-    for ax, xlabel in zip((left, middle, right), ("step", "t", "t")):
-        ax.set(xlabel=xlabel)
+    left.plot(np.convolve(np.array(log)[:, 1], np.ones(50) / 50, "valid"), label="loss, by step")
+    middle.plot(losses.cpu(), label=["loss, by t", "best possible"])
+    curves = torch.stack([diffusion.beta, diffusion.alpha_bar, snr], 1)[1:].cpu()
+    right.semilogy(curves, label=["beta, by t", "alpha_bar", "SNR"])
+    for ax in (left, middle, right):
         ax.legend()
     fig.savefig(part / "training.png", dpi=120)
     samples = path[-1].cpu() if data.sigma else path[-1].cpu() * std + mean  # in the file's units
