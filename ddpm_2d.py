@@ -29,7 +29,7 @@ FLAGS = {  # name: (default, what it takes)
         "8gaussians",
         "8gaussians moons circles swissroll spirals checkerboard, or .npy, .csv",
     ),
-    "steps": (4000, "training steps, 1 or more"),
+    "steps": (5000, "training steps, 1 or more"),
     "batch-size": (1024, "points per training step, 1 or more"),
     "lr": (0.005, "learning rate at the start, above 0"),
     "T": (1000, "diffusion steps, 21 to 10000"),
@@ -253,7 +253,13 @@ def main(argv=None):
         if vars(args)[key] not in (value, FLAGS[key][0]):
             parser.error(f"--{key} {vars(args)[key]}: {args.load} has {value}; leave the flag out")
         vars(args)[key] = value
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+    best = (
+        "cuda"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
     device = best if args.device == "auto" else args.device
     check("device", lambda: torch.zeros(1, device=device))
     T, out, part = args.T, Path(args.out), Path(args.out, ".part")
@@ -262,6 +268,7 @@ def main(argv=None):
     data, mean, std = check("data", lambda: load_data(args.data))
     check("out", lambda: part.mkdir(parents=True, exist_ok=True))
 
+    # train
     torch.manual_seed(args.seed)
     data.centers, data.labels = data.centers.to(device), data.labels.to(device)
     net = NoisePredictor(diffusion, int(data.labels.max()) + 1).to(device)
@@ -286,13 +293,17 @@ def main(argv=None):
             scheduler.step()
             ema.update_parameters(net)  # after the step
     except KeyboardInterrupt:
-        print(f"\nstopped at step {step}; going on with what was learned")
+        if not log:
+            raise
+        print(f"\nstopped at step {len(log)}; going on with what was learned")
     model, ideal = ema.module, partial(data.ideal_eps, diffusion)
-    state = {"config": {key: vars(args)[key] for key in ("data", "T", "schedule")}, "log": log}
-    state |= {"net": net.state_dict(), "ema": model.state_dict(), "mean": mean, "std": std}
-    torch.save({"ddpm_2d": state}, part / "model.pt")
-    (part / "model.pt").replace(out / "model.pt")
+    if not args.load:
+        config = {key: vars(args)[key] for key in ("data", "T", "schedule")}
+        state = {"config": config, "log": log, "net": net.state_dict(), "ema": model.state_dict()}
+        torch.save({"ddpm_2d": state | {"mean": mean, "std": std}}, part / "model.pt")
+        (part / "model.pt").replace(out / "model.pt")
 
+    # sample
     xT, (x0, y) = torch.randn(args.n, 2, device=device), data.sample(args.n)
     loops = [diffusion.p_sample_loop(model, part) for part in xT.split(2500)]  # fits the cache
     bar = tqdm(zip(*loops), desc="sample", total=T + 1)
@@ -301,21 +312,27 @@ def main(argv=None):
     ddim = partial(diffusion.ddim_sample_loop, model, xT, min(50, T), y=y)
     fast, guided = list(ddim(guidance=0))[-1], list(ddim(guidance=2))[-1]
 
+    # evaluate, on fresh points and noise
     draws, generator = data.sample(9 * args.n)[0].split(args.n), torch.Generator(device)
-    bound = diffusion.variational_bound(model, x0[:512], generator=generator.manual_seed(0))
-    ideal_bound = diffusion.variational_bound(ideal, x0[:512], generator=generator.manual_seed(0))
+    models = (model, ideal) if data.sigma else (model,)  # the ideal one needs the truth
+    bounds = torch.stack(
+        [
+            diffusion.variational_bound(f, x0[:512], generator=generator.manual_seed(0))
+            for f in models
+        ]
+    )
     weight = diffusion.beta[2:] / diffusion.alpha[2:] / diffusion.noise[1:-1] ** 2  # Eq. (12)
-    losses = torch.stack([bound, ideal_bound], 1)[1:-1] / weight[:, None]  # per axis, t = 2..T
-    metrics = {"loss": losses[:, 0].mean(), "bound_nats": bound.sum()}
+    losses = bounds[:, 1:-1] / weight  # per axis, t = 2..T
+    metrics = {"loss": losses[0].mean(), "bound_nats": bounds[0].sum()}
     lines = nn.functional.normalize(torch.randn(2, 64, device=device), dim=0)  # to project on
     clouds = torch.stack([(x @ lines).sort(0).values for x in (path[-1], fast, *draws)])
     for name, cloud in zip(("swd_ratio", "ddim_swd_ratio"), clouds):
         metrics[name] = (clouds[2:] - cloud).abs().mean() / clouds[2:].diff(dim=0).abs().mean()
     if data.sigma:  # the truth is known
-        metrics |= {"ideal_bound_nats": ideal_bound.sum(), "entropy_nats": data.entropy()}
+        metrics |= {"ideal_bound_nats": bounds[1].sum(), "entropy_nats": data.entropy()}
         low = torch.cat([data.log_prob(x) for x in torch.cat(draws).split(1000)]).quantile(0.001)
         metrics["off_support"] = (data.log_prob(path[-1]) < low).float().mean()
-        metrics["excess_loss"] = metrics["loss"] / losses[:, 1].mean() - 1
+        metrics["excess_loss"] = losses[0].mean() / losses[1].mean() - 1
     metrics = {key: value.item() for key, value in metrics.items()}
     metrics |= {"script": "ddpm_2d", **vars(args), "device": str(device), "steps": len(log)}
     metrics |= {"parameters": sum(p.numel() for p in net.parameters()), "torch": torch.__version__}
@@ -357,7 +374,7 @@ def main(argv=None):
     )
     left, middle, right = fig.subplots(1, 3)
     left.plot(np.convolve(np.array(log)[:, 1], np.ones(50) / 50, "valid"), label="loss, by step")
-    middle.plot(losses.cpu(), label=["loss, by t", "best possible"])
+    middle.plot(losses.T.cpu(), label=["loss, by t", "best possible"][: len(losses)])
     curves = torch.stack([diffusion.beta, diffusion.alpha_bar, snr], 1)[1:].cpu()
     right.semilogy(curves, label=["beta, by t", "alpha_bar", "SNR"])
     for ax in (left, middle, right):
@@ -369,6 +386,7 @@ def main(argv=None):
     (part / "metrics.json").write_text(json.dumps(metrics, indent=1))
     for file in part.iterdir():
         file.replace(out / file.name)
+    part.rmdir()
     print((out / "metrics.json").read_text(), f"files in {out}", sep="\n")
     return metrics
 
