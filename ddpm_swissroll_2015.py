@@ -190,7 +190,7 @@ def train(args, model, config, fail):
     return log
 
 
-def scatter(axis, points, title, colour="#D55E00"):
+def _scatter(axis, points, title, colour="#D55E00"):
     axis.set(title=title, xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), xticks=[], yticks=[], aspect="equal")
     return axis.scatter(*points.T, s=3, linewidths=0, color=colour)
 
@@ -202,15 +202,15 @@ def draw(args, model, log, kl, ceiling, states):
     figure, axes = plt.subplots(3, 3, figsize=(8, 8.3), layout="constrained")
     for (q, p, drift), t in zip(axes.T, (0, args.T // 2, args.T), strict=True):
         xt = model.q_sample(x0, [t], torch.randn(1, *x0.shape), s.cpu())[0]
-        scatter(q, xt, f"q(x), t = {t}", "#0072B2")
-        scatter(p, states[args.T - t], f"p(x), t = {t}")
+        _scatter(q, xt, f"q(x), t = {t}", "#0072B2")
+        _scatter(p, states[args.T - t], f"p(x), t = {t}")
         mu = model.reverse(grid[None].to(s), torch.tensor([max(t, 2)]), s)[0][0].cpu()
-        scatter(drift, grid[:0], f"f_mu(x, t) - x, t = {max(t, 2)}")  # none is learned below 2
+        _scatter(drift, grid[:0], f"f_mu(x, t) - x, t = {max(t, 2)}")  # none is learned below 2
         drift.quiver(*grid.T, *(mu - grid).T, angles="xy", color="0.2")
     save(args.out / "diffusion_process.png", figure.savefig)
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.7), layout="constrained")
-    scatter(axes[0], x0, "data", "#0072B2")
-    scatter(axes[1], states[-1], "samples")
+    _scatter(axes[0], x0, "data", "#0072B2")
+    _scatter(axes[1], states[-1], "samples")
     save(args.out / "results.png", figure.savefig)
     figure = plt.figure(figsize=(11, 3.2), layout="constrained")
     bound = figure.add_subplot(131, title="K - L_null [bits]", ylim=(0, 7))
@@ -222,7 +222,7 @@ def draw(args, model, log, kl, ceiling, states):
     terms.bar(range(2, args.T + 1), kl.tolist())
     save(args.out / "training.png", figure.savefig)
     figure, axis = plt.subplots(figsize=(4, 4), layout="constrained")
-    move = scatter(axis, states[0], "x_T, ..., x_0").set_offsets
+    move = _scatter(axis, states[0], "x_T, ..., x_0").set_offsets
     film = FuncAnimation(figure, move, states + [states[-1]] * 15, init_func=list)
     save(args.out / "sampling.gif", lambda path: film.save(path, PillowWriter(fps=12)))
     plt.close("all")
