@@ -253,13 +253,8 @@ def main(argv=None):
         if vars(args)[key] not in (value, FLAGS[key][0]):
             parser.error(f"--{key} {vars(args)[key]}: {args.load} has {value}; leave the flag out")
         vars(args)[key] = value
-    best = (
-        "cuda"
-        if torch.cuda.is_available()
-        else "mps"
-        if torch.backends.mps.is_available()
-        else "cpu"
-    )
+    mps = torch.backends.mps.is_available()
+    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     device = best if args.device == "auto" else args.device
     check("device", lambda: torch.zeros(1, device=device))
     T, out, part = args.T, Path(args.out), Path(args.out, ".part")
@@ -315,12 +310,8 @@ def main(argv=None):
     # evaluate, on fresh points and noise
     draws, generator = data.sample(9 * args.n)[0].split(args.n), torch.Generator(device)
     models = (model, ideal) if data.sigma else (model,)  # the ideal one needs the truth
-    bounds = torch.stack(
-        [
-            diffusion.variational_bound(f, x0[:512], generator=generator.manual_seed(0))
-            for f in models
-        ]
-    )
+    bound = partial(diffusion.variational_bound, x0=x0[:512])
+    bounds = torch.stack([bound(f, generator=generator.manual_seed(0)) for f in models])
     weight = diffusion.beta[2:] / diffusion.alpha[2:] / diffusion.noise[1:-1] ** 2  # Eq. (12)
     losses = bounds[:, 1:-1] / weight  # per axis, t = 2..T
     metrics = {"loss": losses[0].mean(), "bound_nats": bounds[0].sum()}
@@ -368,10 +359,8 @@ def main(argv=None):
     fig, move = sheet("sampling.gif", [("from noise to data", xT, one)])
     film = FuncAnimation(fig, lambda k: move(path[k].cpu()), range(0, T + 1, T // 20))
     film.save(part / "sampling.gif", writer="pillow")
-    fig, snr = (
-        Figure(figsize=(10, 3), layout="constrained"),
-        (diffusion.signal / diffusion.noise) ** 2,
-    )
+    fig = Figure(figsize=(10, 3), layout="constrained")
+    snr = (diffusion.signal / diffusion.noise) ** 2
     left, middle, right = fig.subplots(1, 3)
     left.plot(np.convolve(np.array(log)[:, 1], np.ones(50) / 50, "valid"), label="loss, by step")
     middle.plot(losses.T.cpu(), label=["loss, by t", "best possible"][: len(losses)])
