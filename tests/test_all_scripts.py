@@ -112,3 +112,17 @@ def test_nothing_names_the_machine_it_was_made_on():
     for path in [*SCRIPTS, ROOT / "README.md", *ROOT.glob("tests/*.py")]:
         if path.name != Path(__file__).name:
             assert not re.search(r"/(work|root|home|tmp)/", path.read_text()), path
+
+
+def test_derivations_name_only_functions_and_tests_that_exist():
+    text = (ROOT / "docs" / "derivations.md").read_text()
+    files = {"2d": "ddpm_2d.py", "roll": "ddpm_swissroll_2015.py"}
+    for short, name in re.findall(r"`(2d|roll): ([\w.]+)`", text):
+        source = (ROOT / files[short]).read_text()
+        classes = re.findall(r"^class (\w+)", source, re.M)
+        assert name in {*definitions(ROOT / files[short]), *classes}, name
+    tests = "".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
+    named = re.findall(r"`(test_\w+)`", text)
+    assert len(named) > 30
+    for name in named:
+        assert f"def {name}(" in tests, name
