@@ -67,11 +67,13 @@ class Diffusion(nn.Module):
         t = t.view(-1, *[1] * (xt.ndim - 1))
         return (xt - self.noise[t] * eps) / self.signal[t]
 
-    def p_losses(self, model, x0, y=None, t=None, eps=None):
-        """L_simple, Eq. (14), the loss of Algorithm 1: mean over batch and axes."""
+    def p_losses(self, model, x0, y=None, t=None, eps=None, gamma=0):
+        """Loss of Algorithm 1, a mean over batch and axes. gamma = 0 is L_simple, Eq. (14), in eps;
+        gamma = 2 measures the same error in v (Salimans & Ho 2022): more weight to noisy x_t."""
         t = torch.randint(1, self.T + 1, x0.shape[:1], device=x0.device) if t is None else t
         eps = torch.randn_like(x0) if eps is None else eps
-        return (eps - model(self.q_sample(x0, t, eps), t, y)).square().mean()
+        error = (eps - model(self.q_sample(x0, t, eps), t, y)).square().flatten(1).mean(1)  # [B]
+        return (error / self.signal[t] ** gamma).mean()
 
     def guided_eps(self, model, xt, t, y, guidance):
         """eps_u + s (eps_c - eps_u): Ho & Salimans 2022 (arXiv 2207.12598) Eq. (6), s = 1 + w."""
@@ -276,7 +278,9 @@ def main(argv=None):
     (part / "model.pt").replace(args.out / "model.pt")
 
     # sample
-    (x0, y), xT = data.sample(args.n), torch.randn(args.n, 2, device=device)
+    pick = torch.randperm(args.n, device=device) * len(data.labels) // args.n  # in even shares
+    x0, y = torch.normal(data.centers[pick], data.sigma), data.labels[pick]
+    xT = torch.randn(args.n, 2, device=device)
     chunks = zip(xT.split(2500), y.split(2500))  # that fit the cache
     bar = tqdm(zip(*[diffusion.p_sample_loop(model, *chunk) for chunk in chunks]), "sample", T + 1)
     path, sample_seconds = [torch.cat(x) for x in bar], bar.format_dict["elapsed"]  # x_T, ..., x_0

@@ -516,6 +516,22 @@ def test_samples_of_a_batch_do_not_see_each_other(network):
     torch.testing.assert_close(network(xt[2:3], t[2:3], y[2:3]), whole[2:3])
 
 
+def test_layers_are_residual(network):
+    """With every layer at 0 the output still knows point, time and label."""
+    for layer in network.layers:
+        torch.nn.init.zeros_(layer.weight)
+    x, t, y = torch.randn(1, 2), torch.tensor([20]), torch.tensor([1])
+    out = network(x, t, y)
+    for other in (network(x, t + 1, y), network(x, t, y + 1)):
+        assert (other - out).abs().max() > 1e-4
+
+
+def test_time_embedding_covers_the_same_range_for_every_T():
+    freq = [NoisePredictor(Diffusion(T), 2).freq * T for T in (50, 1000, 4000)]
+    torch.testing.assert_close(freq[0], freq[1])
+    torch.testing.assert_close(freq[2], freq[1])
+
+
 def test_every_parameter_learns(network):
     y = torch.arange(64) % 4
     Diffusion(100).p_losses(network, torch.randn(64, 2), y).backward()
@@ -712,6 +728,61 @@ def test_checkpoint_holds_the_config_and_the_average_of_the_weights(tmp_path, mo
     moved = {key for key in now if not torch.equal(saved["ema"][key], now[key])}
     assert moved == {key for key, _ in nets[0].named_parameters()}
     assert saved["config"] == ["8gaussians", 21, "cosine"] and len(saved["log"]) == 20
+
+
+def test_average_starts_from_the_weights_after_the_first_step(tmp_path, monkeypatch):
+    nets, make = [], ddpm_2d.NoisePredictor
+    monkeypatch.setattr(ddpm_2d, "NoisePredictor", lambda *a: nets.append(make(*a)) or nets[-1])
+    ddpm_2d.main([*TINY, "--steps", "1", "--out", str(tmp_path)])
+    saved, now = torch.load(tmp_path / "model.pt", weights_only=True), nets[0].state_dict()
+    assert now["out.weight"].abs().max() > 0  # it was 0 before the step
+    assert all(torch.equal(saved["ema"][key], now[key]) for key in now)
+
+
+def test_training_hides_a_tenth_of_the_labels_and_keeps_the_others(tmp_path, monkeypatch):
+    seen, losses = [], Diffusion.p_losses
+
+    def spy(self, model, x0, y=None, t=None, eps=None):
+        seen.append((x0, y))
+        return losses(self, model, x0, y, t, eps)
+
+    monkeypatch.setattr(Diffusion, "p_losses", spy)
+    ddpm_2d.main([*TINY, "--steps", "10", "--batch-size", "2000", "--out", str(tmp_path)])
+    x, y = (torch.cat(part) for part in zip(*seen, strict=True))
+    assert abs((y == 8).float().mean() - 0.1) < 6 * math.sqrt(0.09 / 20_000)
+    centers = load_data("8gaussians")[0].centers
+    assert (torch.cdist(x, centers).argmin(1) == y)[y < 8].float().mean() > 0.95
+
+
+def test_reported_loss_is_that_of_the_noise(tmp_path, monkeypatch):
+    """A model that always says 0 has loss E[eps^2] = 1, whatever the weights of the bound are."""
+
+    class Zero(NoisePredictor):
+        def forward(self, xt, t, y=None):
+            return 0 * xt + 0 * self.out.weight.sum()
+
+    monkeypatch.setattr(ddpm_2d, "NoisePredictor", Zero)
+    metrics = ddpm_2d.main([*TINY, "--T", "100", "--out", str(tmp_path)])
+    assert abs(metrics["loss"] - 1) < 6 * math.sqrt(2 / (500 * 2 * 99))
+
+
+def test_samples_of_the_exact_model_get_perfect_scores(tmp_path, monkeypatch):
+    """main judges the exact model: no excess, distances as between two data sets."""
+    data = load_data("moons")[0]
+
+    class Exact(NoisePredictor):
+        def forward(self, xt, t, y=None):
+            y = None if y is None or (y == 2).any() else y
+            return data.ideal_eps(self.diffusion, xt, t, y) + 0 * self.out.weight.sum()
+
+    monkeypatch.setattr(ddpm_2d, "NoisePredictor", Exact)
+    flags = ["--data", "moons", "--T", "200", "--steps", "1", "--n", "2000", "--out", str(tmp_path)]
+    metrics = ddpm_2d.main(flags)
+    assert abs(metrics["excess_loss"]) < 1e-4
+    assert metrics["bound_nats"] == pytest.approx(metrics["ideal_bound_nats"], abs=1e-3)
+    assert 0.5 < metrics["swd_ratio"] < 2 and metrics["off_support"] < 0.01
+    gap = metrics["ideal_bound_nats"] - metrics["entropy_nats"]
+    assert 0.5 < gap < 3  # the price of T steps with fixed variances
 
 
 def test_short_training_gets_close_to_the_best_possible_loss(tmp_path):
