@@ -4,11 +4,9 @@
 # ///
 """DDPM (Ho et al. 2020, arXiv 2006.11239) with a U-Net on MNIST, judged in bits per dimension.
 
-  python ddpm_mnist.py                                     ten minutes, on two CPU cores or a GPU
-  python ddpm_mnist.py --load weights/ddpm_mnist.pt        one hundred digits in seconds
-  torchrun --nproc-per-node 8 ddpm_mnist.py --minutes 2    eight GPUs; batches add up
-
-Arrays over time have length T + 1: beta[0] = 0, alpha_bar[0] = 1. Images are in [-1, 1].
+python ddpm_mnist.py                                        ten minutes, on two CPU cores
+python ddpm_mnist.py --load weights/ddpm_mnist.pt --n 100   a hundred digits in seconds
+torchrun --nproc-per-node 8 ddpm_mnist.py --minutes 2       eight GPUs, eight times the batch
 """
 
 import argparse
@@ -19,22 +17,38 @@ import math
 import os
 import sys
 import time
-import zlib
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib.animation import FuncAnimation, PillowWriter
-from torch import nn
+from matplotlib.animation import FuncAnimation
+from torch import distributed, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+FLAGS = {  # name: (default, (least, most) or the choices, what it is)
+    "steps": (None, (1, 10**9), "training steps, instead of --minutes"),
+    "minutes": (10.0, (0.001, 1e6), "training time"),
+    "batch-size": (32, (1, 10**6), "images per training step, in each process"),
+    "lr": (0.002, (1e-9, 1), "peak learning rate"),
+    "T": (1000, (21, 10_000), "diffusion steps, 21 to 10000"),
+    "schedule": ("cosine", ("linear", "cosine", "sigmoid"), "of the noise"),
+    "n": (100, (10, 10**6), "samples to draw, the classes in turn"),
+    "sample-steps": (50, (0, 10_000), "of DDIM, T at most; 0 for all T of Algorithm 2"),
+    "guidance": (1.0, (-99, 99), "scale s; 0 is without labels"),
+    "test-images": (128, (0, 10_000), "for the bits per dimension, 16 or more; 0 to skip them"),
+    "save-every": (500, (1, 10**9), "steps between checkpoints"),
+    "seed": (0, (0, 10**6), "of all randomness"),
+    "amp": ("auto", ("auto", "on", "off"), "bfloat16 arithmetic; auto is where it is faster"),
+    "device": ("auto", None, "auto, cpu, cuda or mps"),
+    "data": ("data/mnist", None, "folder of the four IDX files, downloaded if missing"),
+    "load": ("", None, "model.pt to sample from, without training"),
+    "out": ("runs/ddpm_mnist", None, "folder for the results"),
+}
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
@@ -226,115 +240,177 @@ class UNet(nn.Module):
         return self.diffusion.q_sample(net.float(), t, xt)  # signal * net + noise * xt
 
 
-def read_idx(file):
-    """An IDX file of bytes, raw or gzipped, as uint8 [n] or [n, height, width]. ValueError."""
+def read_idx(file, *size):
+    """The array [n, *size] of bytes in an IDX file, gzipped or not. ValueError names the file."""
     try:
         raw = file.read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{file}: {error}; delete it to download it again") from error
-    head = 4 + 4 * int.from_bytes(raw[3:4])
-    shape = [int.from_bytes(raw[k : k + 4]) for k in range(4, head, 4)]
-    if raw[:3] != b"\0\0\x08" or len(raw) != head + math.prod(shape):
-        raise ValueError(f"{file}: not an IDX file of bytes, or cut off; delete it")
-    return torch.tensor(np.frombuffer(raw, np.uint8, offset=head).reshape(shape))
+        magic, n, *found = np.frombuffer(raw[: 8 + 4 * len(size)], ">u4").tolist()
+        if (magic, *found) != (0x801 + len(size), *size):
+            raise ValueError(f"magic number {magic}, sizes {[n, *found]}")
+        array = np.frombuffer(raw, np.uint8, offset=8 + 4 * len(size)).reshape(n, *size)
+    except Exception as error:
+        raise ValueError(f"{file} is not IDX data [n{', 28' * len(size)}]: {error}") from error
+    return torch.tensor(array)
 
 
 def download(name, file):
-    """One MNIST file from the first mirror whose bytes are right. OSError says what failed."""
+    """Fetch one file of MNIST from the first mirror that has it. OSError says what failed."""
     reasons = []
     for mirror in MIRRORS:
         try:
             with urlopen(f"{mirror}{name}.gz", timeout=15) as reply:
-                size = int(reply.headers.get("Content-Length", 0))
+                size = int(reply.headers["Content-Length"] or 0)
                 with tqdm.wrapattr(reply, "read", size, desc=name) as body:
-                    packed = body.read()
+                    packed = b"".join(iter(partial(body.read, 2**16), b""))
             if hashlib.sha256(gzip.decompress(packed)).hexdigest() != FILES[name]:
                 raise ValueError("wrong SHA-256")
             return save(file, lambda path: path.write_bytes(packed))
-        except (OSError, EOFError, zlib.error, HTTPException, ValueError) as error:
+        except Exception as error:  # whatever it is, the next mirror may do
             reasons.append(f"{mirror}: {error!r}")
     raise OSError("; ".join(reasons))
 
 
 def load_mnist(path):
     """Images uint8 [n, 28, 28] and labels [n] to train on, the same two to test on, and the folder
-    they came from: `path`, downloaded if missing, or data/mnist5k. OSError or ValueError."""
-    path, small = Path(path), Path(__file__).parent / "data" / "mnist5k"
-
-    def find(folder, name):
-        return next((f for f in (folder / name, folder / f"{name}.gz") if f.is_file()), None)
-
-    path.mkdir(parents=True, exist_ok=True)
+    they came from: `path`, filled if need be, or data/mnist5k. OSError or ValueError."""
+    folder, small = Path(path), Path(__file__).parent / "data" / "mnist5k"
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         for name in FILES:
-            if not find(path, name):
-                download(name, path / f"{name}.gz")
+            if not [*folder.glob(f"{name}*")]:
+                download(name, folder / f"{name}.gz")
     except OSError as error:
-        if not all(find(small, name) for name in FILES):
+        if not small.is_dir():
             raise OSError(f"put {', '.join(FILES)} there, gzipped or not; {error}") from error
-        print(f"no MNIST ({error}); going on with the 5,000 digits of {small}", file=sys.stderr)
-        path = small
-    files = [find(path, name) for name in FILES]
-    arrays = [read_idx(file) for file in files]
-    for k, shape in enumerate((arrays[0].shape, arrays[2].shape)):
-        if shape[1:] != (28, 28) or not shape[0]:
-            raise ValueError(f"{files[2 * k]}: shape {list(shape)} is not [n, 28, 28]")
-        if arrays[2 * k + 1].shape != shape[:1]:
-            raise ValueError(f"{files[2 * k + 1]}: not one label for each of {shape[0]} images")
-    return arrays[0], arrays[1].long(), arrays[2], arrays[3].long(), path
+        print(f"no MNIST in {path}, using the 5,000 digits of {small}: {error}", file=sys.stderr)
+        folder = small
+    files = [min(folder.glob(f"{name}*")) for name in FILES]
+    x, y, test_x, test_y = (read_idx(f, *[28, 28] * ("images" in f.name)) for f in files)
+    for file, images, labels in ((files[1], x, y), (files[3], test_x, test_y)):
+        if not len(images) == len(labels) > 0:
+            raise ValueError(f"{file} has {len(labels)} labels for {len(images)} images")
+    return x, y.long(), test_x, test_y.long(), folder
 
 
 def save(path, write):
     """Write to a temporary file beside path, then rename: a kill leaves the old file or the new."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{os.getpid()}{path.name}")
     write(temporary)
     temporary.replace(path)
 
 
 def to_bytes(x):
     """Images [n, 1, H, W] in [-1, 1] as uint8 [n, H, W]."""
-    return ((x[:, 0].clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    return (x[:, 0].clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu()
 
 
-def train(args, net, ema, x, y, saved, fail):
-    """Algorithm 1 until the budget is used, or Ctrl-C. Returns the log."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    x, y = x[rank::world], y[rank::world]  # each rank its own part
-    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99))
-    parts, log = {"net": net, "ema": ema, "optimizer": optimizer}, saved["log"]
-    if args.resume:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-    start = time.time() - (log[-1][3] if log else 0)
+def show(path, *panels):
+    """Draw panels (title, images [n, H, W]), ten images a row; returns the figure and a setter."""
+
+    def tile(images):
+        rows = images[: len(images) // 10 * 10].unflatten(0, (-1, 10))  # [rows, 10, H, W]
+        return rows.transpose(1, 2).flatten(0, 1).flatten(1)  # [rows H, 10 W]
+
+    figure, axes = plt.subplots(1, len(panels), squeeze=False, layout="constrained")
+    for axis, (title, images) in zip(axes[0], panels):
+        drawn = axis.imshow(tile(images), "gray")
+        axis.set(title=title, xticks=[], yticks=[])
+    save(path, partial(figure.savefig, dpi=150))
+    return figure, lambda images: drawn.set_data(tile(images))
+
+
+def main(argv=None):
+    """Train, resume or load; then sample, evaluate and draw. Returns the metrics."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.error = lambda text: parser.exit(2, f"{parser.prog}: {text.splitlines()[0]}\n")
+    for flag, (default, limits, text) in FLAGS.items():
+        kind = int if default is None else type(default)
+        choices = limits if kind is str else None
+        parser.add_argument(f"--{flag}", type=kind, default=default, choices=choices, help=text)
+    parser.add_argument("--resume", action="store_true", help="go on with the model.pt in --out")
+    args = parser.parse_args(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
+    out, saved = Path(args.out), {"config": {}, "log": []}
+    mps, cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
+    try:
+        for flag, (default, limits, _) in FLAGS.items():
+            value = vars(args)[flag.replace("-", "_")]
+            if value != default and not isinstance(value, str):
+                if not limits[0] <= value <= limits[1]:
+                    raise ValueError(f"use {limits[0]} to {limits[1]}")
+        flag = "device"
+        best = "cuda" if cuda else "mps" if mps else "cpu"
+        device = torch.device(best if args.device == "auto" else args.device)
+        if world > 1 and device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.zeros(1, device=device)
+        flag, file = ("resume", out / "model.pt") if args.resume else ("load", args.load)
+        if file:
+            saved = torch.load(file, "cpu", weights_only=True)["ddpm_mnist"]
+        for flag, value in saved["config"].items():
+            if flag in ("T", "schedule") or args.resume:
+                if vars(args)[flag] not in (value, parser.get_default(flag)):
+                    raise ValueError(f"{file} has {value}; leave the flag out")
+                setattr(args, flag, value)
+        flag = "sample_steps"
+        if args.sample_steps > args.T:
+            raise ValueError(f"use at most T, which is {args.T}")
+        flag = "data"
+        *data, folder = load_mnist(args.data)
+        x, y, test_x, test_y = (array.to(device) for array in data)
+        x, test_x = (images[:, None] / 127.5 - 1 for images in (x, test_x))  # [n, 1, 28, 28]
+        flag = "resume" if args.resume else "load"
+        torch.manual_seed(args.seed)
+        diffusion = Diffusion(args.T, args.schedule).to(device)
+        net = UNet(diffusion, classes=int(y.max()) + 1).to(device)
+        # a mean over the last twentieth or so of all steps (Karras et al. 2024, Sec. 3.1)
+        ema = AveragedModel(net, avg_fn=lambda mean, new, n: mean.lerp(new, 20 / (20 + n)))
+        optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99))
+        parts = {"ema": ema, "net": net, "optimizer": optimizer}
+        for name in list(parts)[: 3 if args.resume else 1] if file else ():
+            parts[name].load_state_dict(saved[name])
+        flag = "out"
+        out.mkdir(parents=True, exist_ok=True)
+    except Exception as error:  # of the flag being checked; torch.load alone raises a dozen kinds
+        value = vars(args)[flag.replace("-", "_")]
+        parser.error(f"--{flag.replace('_', '-')} {value}: {str(error) or repr(error)}")
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
+    fast = {"cuda": cuda, "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16")}.get(device.type)
+    amp = bool(fast) if args.amp == "auto" else args.amp == "on"
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, amp)
+    log, learner, (model, *_) = saved["log"], net, ema.children()
+    if world > 1:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        learner = nn.parallel.DistributedDataParallel(net)
+        x, y = x[rank::world], y[rank::world]  # each rank its own part
 
     def keep():
-        if rank == 0:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"config": saved["config"], "log": log}
-            save(args.out / "model.pt", lambda path: torch.save({"ddpm_mnist": state}, path))
+        config = {key: vars(args)[key] for key in ("T", "schedule", "batch_size", "lr", "seed")}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state = {"ddpm_mnist": state | {"config": config, "log": log}}
+        save(out / "model.pt", lambda path: torch.save(state, path))
 
+    start = time.time() - (log[-1][3] if log else 0)
     bar = tqdm(desc="train", total=args.steps, initial=len(log), disable=rank > 0)
-    try:
-        while True:
-            used = (time.time() - start) / 60 / args.minutes  # the budget, from 0 to 1
+    try:  # Algorithm 1, until the budget is used or Ctrl-C
+        while not args.load:
+            used = (time.time() - start) / 60 / args.minutes  # of the budget, from 0 to 1
             used = torch.tensor((len(log) + 0.5) / args.steps if args.steps else used)
             if world > 1:
-                dist.broadcast(used := used.to(x.device), 0)  # one clock for all
+                distributed.broadcast(used := used.to(device), 0)  # one clock for all
             if used >= 1:
                 break
-            lr = args.lr * min(1, 20 * used.item()) * (1 - used.item())  # warm-up and decay
+            lr = args.lr * min(1, 20 * used.item()) * (1 - used.item())  # warm-up, then decay
             optimizer.param_groups[0]["lr"] = lr
-            # seeded by the step, so that a resumed run draws what an uninterrupted one would
-            torch.manual_seed((args.seed * world + rank) * 10**8 + len(log))
-            pick = torch.randint(len(x), (args.batch_size,), device=x.device)
-            hide = torch.rand(pick.shape, device=x.device) < 0.1  # for guidance
-            label = y[pick].masked_fill(hide, net.classes)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp == "on"):
-                loss = net.diffusion.p_losses(model, x[pick], label)
+            # a seed for each step: a resumed run draws what an uninterrupted one would have
+            torch.manual_seed((args.seed * world + rank) * 10**9 + len(log))
+            pick = torch.randint(len(x), (args.batch_size,), device=device)
+            hide = torch.rand(args.batch_size, device=device) < 0.1  # labels, for guidance
+            with autocast():
+                loss = diffusion.p_losses(learner, x[pick], y[pick].masked_fill(hide, net.classes))
             if not loss.isfinite():
-                fail(f"--lr {args.lr}: loss {loss:g} at step {len(log) + 1}; use a lower one")
+                parser.error(f"--lr {args.lr}: loss {loss} at step {len(log) + 1}; use a lower one")
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -342,183 +418,74 @@ def train(args, net, ema, x, y, saved, fail):
             ema.update_parameters(net)  # after the step
             log.append([len(log) + 1, loss.item(), lr, time.time() - start])
             bar.update()
-            if len(log) % args.save_every == 0:
-                bar.set_postfix_str(f"loss {np.mean(np.array(log)[-500:, 1]):.4f}")
+            if len(log) % args.save_every == 0 and rank == 0:
+                bar.set_postfix(loss=np.mean(log[-args.save_every :], 0)[1])
                 keep()
     except KeyboardInterrupt:
         print(f"\nstopped at step {len(log)}; going on with what was learned")
     bar.close()
-    keep()
-    return log
-
-
-def _tile(images, columns):
-    """Images [n, H, W] as one picture of rows of `columns`."""
-    rows = images.unflatten(0, (-1, columns))  # [rows, columns, H, W]
-    return rows.transpose(1, 2).flatten(0, 1).flatten(1)
-
-
-def draw(args, diffusion, real, film, log, terms):
-    """The four pictures; real images [100], film: states of 100 samples, terms: L_t by t."""
-    steps = len(film) - 1
-    shown = [round(k * steps / 9) for k in range(10)]  # states x_T .. x_0
-    times = [round(args.T * (steps - k) / steps) for k in shown]
-    x0 = real[:1].cpu()
-    forward = [
-        diffusion.cpu().q_sample(x0, torch.tensor([t]), torch.randn(x0.shape)) for t in times
-    ]
-    pictures = [to_bytes(x)[0] for x in forward[::-1]] + [film[k][0] for k in shown]
-    figure, axis = plt.subplots(figsize=(10, 2.3), layout="constrained")
-    axis.imshow(_tile(torch.stack(pictures), 10), "gray")
-    axis.set(yticks=[13, 41], yticklabels=["q(x_t | x_0)", "p, sampling"])
-    axis.set_xticks(range(13, 280, 28), [f"t = {t}" for t in times])
-    save(args.out / "diffusion_process.png", partial(figure.savefig, dpi=120))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 5.3), layout="constrained")
-    for axis, title, images in zip(axes, ("data", "samples"), (to_bytes(real), film[-1])):
-        axis.imshow(_tile(images, 10), "gray")
-        axis.set(title=title)
-        axis.axis("off")
-    save(args.out / "results.png", partial(figure.savefig, dpi=120))
-    figure, axis = plt.subplots(figsize=(4, 4), layout="constrained")
-    image = axis.imshow(_tile(film[0], 10), "gray")
-    axis.axis("off")
-    frames = film[:: max(1, steps // 50)] + [film[-1]] * 15
-    movie = FuncAnimation(figure, lambda k: image.set_data(_tile(frames[k], 10)), len(frames))
-    save(args.out / "sampling.gif", lambda path: movie.save(path, PillowWriter(fps=12)))
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
-    loss = np.array(log).reshape(-1, 4)[:, 1]
-    width = min(len(loss), 100)
-    axes[0].semilogy(np.convolve(loss, np.ones(width) / width, "valid") if width else loss)
-    axes[1].loglog(range(len(terms)), terms.tolist())
-    axes[2].plot(torch.stack([diffusion.signal, diffusion.noise], 1).cpu())
-    titles = ("loss, by step", "bits/dim, by t", "signal and noise, by t")
-    for axis, title in zip(axes, titles):
-        axis.set_title(title)
-    save(args.out / "training.png", figure.savefig)
-    plt.close("all")
-
-
-def main(argv=None):
-    """Train, go on or load; sample, evaluate and draw. Returns the metrics, on rank 0."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message.splitlines()[0]}\n")
-    add = parser.add_argument
-    add("--minutes", type=float, default=10, help="of training")
-    add("--steps", type=int, help="of training, instead of --minutes")
-    add("--batch-size", type=int, default=32, help="images per step on each GPU or process")
-    add("--lr", type=float, default=2e-3, help="peak learning rate")
-    add("--width", type=int, default=64, help="channels at half size, a multiple of 8")
-    add("--T", type=int, default=1000, help="steps of the diffusion, 21 to 10000")
-    add("--schedule", default="cosine", help="linear, cosine or sigmoid")
-    add("--seed", type=int, default=0, help="of everything random")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16 where it is faster")
-    add("--data", default="data/mnist", help="folder of the four IDX files")
-    add("--n", type=int, default=100, help="samples to draw, in turn of each class; 10 or more")
-    add("--sample-steps", type=int, default=50, help="of DDIM; 0 for all T of Algorithm 2")
-    add("--guidance", type=float, default=1.0, help="scale s; 0 ignores the label")
-    add("--test-images", type=int, default=128, help="for bits per dimension; 0 to skip that")
-    add("--save-every", type=int, default=500, help="steps between checkpoints")
-    add("--out", type=Path, default="runs/ddpm_mnist", help="folder for all files")
-    add("--resume", action="store_true", help="go on with the model.pt in --out")
-    add("--load", type=Path, help="a model.pt to sample from, without training")
-    args = parser.parse_args(argv)
-    ranges = {"minutes": (1e-3, 1e5), "steps": (1, 10**8), "batch_size": (1, 10**5)}
-    ranges |= {"lr": (1e-9, 1), "width": (8, 4096), "seed": (0, 10**6), "n": (10, 10**6)}
-    ranges |= {"sample_steps": (0, args.T), "guidance": (-100, 100), "test_images": (0, 10_000)}
-    ranges |= {"save_every": (1, 10**8)}
-    rank, local = int(os.environ.get("RANK", 0)), os.environ.get("LOCAL_RANK", "0")
-    try:
-        for flag, (low, high) in ranges.items():
-            if vars(args)[flag] is not None and not low <= vars(args)[flag] <= high:
-                raise ValueError(f"choose {low} to {high}")
-        flag, cuda = "device", torch.cuda.is_available()
-        auto = "cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu"
-        args.device = auto if args.device == "auto" else args.device
-        device = torch.device(f"cuda:{local}" if args.device == "cuda" else args.device)
-        torch.zeros(1, device=device)
-        if args.amp == "auto":
-            cpu = getattr(torch.cpu, "get_capabilities", dict)()
-            fast = cuda if device.type == "cuda" else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-            args.amp = "on" if fast and device.type != "mps" else "off"
-        flag = "resume" if args.resume else "load"
-        file = args.out / "model.pt" if args.resume else args.load
-        keys = ("T", "schedule", "width") + ("batch_size", "lr", "seed", "amp") * args.resume
-        saved = {"config": {}, "log": []}
-        if file:
-            saved = torch.load(file, "cpu", weights_only=True)["ddpm_mnist"]
-        for key in keys if file else ():
-            if vars(args)[key] not in (saved["config"][key], parser.get_default(key)):
-                flag = key
-                raise ValueError(f"{file} has {saved['config'][key]}; leave the flag out")
-            setattr(args, key, saved["config"][key])
-        flag = "schedule"
-        beta_schedule(args.schedule, 1000)
-        flag = "T"
-        diffusion = Diffusion(args.T, args.schedule).to(device)
-        flag = "data"
-        *data, args.data = load_mnist(args.data)
-        x, y, test_x, test_y = (array.to(device) for array in data)
-        x, test_x = (images[:, None] / 127.5 - 1 for images in (x, test_x))  # [n, 1, 28, 28]
-        flag = "width"
-        torch.manual_seed(args.seed)
-        net = UNet(diffusion, classes=int(y.max()) + 1, width=args.width).to(device)
-        # the mean over about the last twentieth of all steps: Karras et al. 2024, Eq. (1)
-        ema = AveragedModel(net, avg_fn=lambda ema, new, n: ema.lerp(new, 20 / (20 + n)))
-        flag = "load"
-        if args.load:
-            ema.load_state_dict(saved["ema"])
-        flag = "out"
-        args.out.mkdir(parents=True, exist_ok=True)
-    except Exception as error:  # of the flag being checked; torch.load alone raises a dozen kinds
-        parser.error(f"--{flag.replace('_', '-')} {vars(args)[flag]}: {str(error) or repr(error)}")
-    saved["config"] = {key: vars(args)[key] for key in ("T", "schedule", "width")}
-    saved["config"] |= {key: vars(args)[key] for key in ("batch_size", "lr", "seed", "amp")}
-    world = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    log = saved["log"] if args.load else train(args, net, ema, x, y, saved, parser.error)
-    if world > 1:
-        dist.destroy_process_group()
-    if rank:
+        distributed.destroy_process_group()
+    if rank > 0:
         return {}
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "on"):
-        torch.manual_seed(args.seed)
-        xT = torch.randn(args.n, 1, 28, 28, device=device)
-        labels = torch.arange(args.n, device=device) % net.classes
-        loop = partial(diffusion.p_sample_loop, ema.module, guidance=args.guidance)
-        if args.sample_steps:
-            ddim = partial(diffusion.ddim_sample_loop, steps=args.sample_steps)
-            loop = partial(ddim, ema.module, guidance=args.guidance)
-        loops = [loop(x, y=label) for x, label in zip(xT.split(250), labels.split(250))]
-        film, bar = [], tqdm(zip(*loops), "sample", (args.sample_steps or args.T) + 1)
-        for states in bar:  # x_T, ..., x_0
-            film.append(to_bytes(torch.cat(states))[: args.n // 10 * 10][:100])
-        samples = to_bytes(torch.cat(states))
-        pick, bounds = torch.randperm(len(test_x), device=device)[: args.test_images], []
-        for part in tqdm(pick.tensor_split(16) if args.test_images else [], "bound"):
-            bounds.append(diffusion.variational_bound(ema.module, test_x[part], test_y[part]))
-    metrics = {"script": "ddpm_mnist", "loss": np.mean(log[-500:], 0)[1] if log else None}
-    if bounds:  # -log p(x) <= -log p(x | y) - log p(y)
-        bits = (torch.stack(bounds).sum(1) + math.log(net.classes)) / (784 * math.log(2))
-        metrics["bits_per_dim"] = bits.mean().item()
-        metrics["bits_per_dim_error"] = bits.std().item() / 4
-    seconds = log[-1][3] if log else 0
-    metrics |= {"train_seconds": seconds, "sample_seconds": bar.format_dict["elapsed"]}
-    speed = len(log) * args.batch_size * world / seconds if log else 0
-    metrics |= {"images_per_second": speed, "dataset": args.data.name, "train_images": len(x)}
-    metrics["parameters"] = sum(p.numel() for p in net.parameters())
-    for key, value in metrics.items():
-        print(f"{key:20} {value}")
-    metrics |= {"torch": torch.__version__, **vars(args), "steps": len(log)}
-    draw(
-        args, diffusion, test_x[:100], film, log, sum(bounds).div(16) if bounds else torch.zeros(1)
+    if not args.load:
+        keep()
+
+    torch.manual_seed(args.seed)
+    xT = torch.randn(args.n, 1, 28, 28, device=device)
+    label = torch.arange(args.n, device=device) % net.classes
+    steps, loop = args.sample_steps or args.T, diffusion.p_sample_loop
+    if args.sample_steps:
+        loop = partial(diffusion.ddim_sample_loop, steps=steps)
+    loop = partial(loop, model, guidance=args.guidance)
+    film, bounds = [], []
+    with autocast():
+        loops = [loop(part, y=y) for part, y in zip(xT.split(250), label.split(250))]
+        for parts in (bar := tqdm(zip(*loops), "sample", steps + 1)):  # x_T, ..., x_0
+            samples = to_bytes(torch.cat(parts))
+            film.append(samples[:100])
+        # the bound, on random test images in 16 groups, whose spread gives the standard error
+        pick = torch.randperm(len(test_x), device=device)[: args.test_images]
+        for part in tqdm(pick.tensor_split(16) if args.test_images else (), "bound"):
+            bounds.append(diffusion.variational_bound(model, test_x[part], test_y[part]))
+    loss, seconds = np.array(log).reshape(-1, 4).T[[1, 3]]
+    metrics = {"script": "ddpm_mnist", **vars(args), "device": str(device), "steps": len(log)}
+    metrics |= {"amp": amp, "torch": torch.__version__, "dataset": folder.name}
+    metrics |= {"train_images": len(data[0]), "train_seconds": seconds.max(initial=0)}
+    metrics |= {"parameters": sum(p.numel() for p in net.parameters()), "loss": loss[-500:].mean()}
+    metrics["images_per_second"] = len(log) * args.batch_size * world / seconds.max(initial=1)
+    metrics["sample_seconds"] = bar.format_dict["elapsed"]
+    if bounds:  # -log p(x) <= -log p(x | y) - log p(y), and p(y) = 1 / classes
+        bits = (torch.stack(bounds).sum(1) + math.log(net.classes)) / math.log(2) / 784
+        metrics |= {"bits_per_dim": bits.mean().item(), "bits_per_dim_error": bits.std().item() / 4}
+    k = torch.linspace(0, steps, 10).round().int()  # ten states of the path
+    times = (args.T * (steps - k) / steps).round().long()
+    noised = diffusion.cpu().q_sample(test_x[:1].cpu().expand(10, -1, -1, -1), times, xT[:10].cpu())
+    rows = torch.cat([to_bytes(noised), torch.stack([film[i][0] for i in k])])
+    title = f"q(x_t | x_0) above, sampling below, t = {', '.join(map(str, times.tolist()))}"
+    show(out / "diffusion_process.png", (title, rows))
+    figure, move = show(
+        out / "results.png", ("data", to_bytes(test_x[:100])), ("samples", samples[:100])
     )
-    save(args.out / "samples.npy", lambda path: np.save(path.open("wb"), samples.numpy()))
-    save(args.out / "labels.npy", lambda path: np.save(path.open("wb"), labels.cpu().numpy()))
-    text = json.dumps(metrics, indent=1, default=str)
-    save(args.out / "metrics.json", lambda path: path.write_text(text))
-    print(f"files are in {args.out}")
+    frames = film[:: max(1, steps // 50)] + [samples[:100]] * 15
+    movie = FuncAnimation(figure, lambda i: move(frames[i]), len(frames))
+    save(out / "sampling.gif", lambda path: movie.save(path, "pillow", fps=12))
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    window = np.ones(min(100, len(log) or 1)) / min(100, len(log) or 1)
+    axes[0].plot(np.convolve(loss, window, "valid") if log else loss)
+    axes[1].semilogy(sum(bounds).cpu() / 16 if bounds else [])
+    axes[2].plot(torch.stack([diffusion.signal, diffusion.noise], 1))
+    for axis, title in zip(axes, ("loss, by step", "L_t in nats, by t", "signal and noise, by t")):
+        axis.set_title(title)
+    save(out / "training.png", figure.savefig)
+    plt.close("all")
+    for name, array in (("samples.npy", samples), ("labels.npy", label.cpu())):
+        save(out / name, lambda path: np.save(path.open("wb"), array.numpy()))
+    csv = "\n".join(["step,loss,lr,seconds", *[",".join(map(str, row)) for row in log], ""])
+    save(out / "log.csv", lambda path: path.write_text(csv))
+    text = json.dumps(metrics, indent=1)
+    save(out / "metrics.json", lambda path: path.write_text(text))
+    print(text, f"files in {out}", sep="\n")
     return metrics
 
 
