@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.4", "numpy>=1.26", "matplotlib>=3.8", "tqdm>=4.66"]
+# dependencies = ["torch>=2.7", "numpy>=1.26", "matplotlib>=3.8", "tqdm>=4.66"]
 # ///
 """DDPM (Ho et al. 2020, arXiv 2006.11239) with a U-Net on MNIST, judged in bits per dimension.
 
@@ -30,25 +30,6 @@ from torch import distributed, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-FLAGS = {  # name: (default, (least, most) or the choices, what it is)
-    "steps": (None, (1, 10**9), "training steps, instead of --minutes"),
-    "minutes": (10.0, (0.001, 1e6), "training time"),
-    "batch-size": (32, (1, 10**6), "images per training step, in each process"),
-    "lr": (0.002, (1e-9, 1), "peak learning rate"),
-    "T": (1000, (21, 10_000), "diffusion steps, 21 to 10000"),
-    "schedule": ("cosine", ("linear", "cosine", "sigmoid"), "of the noise"),
-    "n": (100, (10, 10**6), "samples to draw, the classes in turn"),
-    "sample-steps": (50, (0, 10_000), "of DDIM, T at most; 0 for all T of Algorithm 2"),
-    "guidance": (1.0, (-99, 99), "scale s; 0 is without labels"),
-    "test-images": (128, (0, 10_000), "for the bits per dimension, 16 or more; 0 to skip them"),
-    "save-every": (500, (1, 10**9), "steps between checkpoints"),
-    "seed": (0, (0, 10**6), "of all randomness"),
-    "amp": ("auto", ("auto", "on", "off"), "bfloat16 arithmetic; auto is where it is faster"),
-    "device": ("auto", None, "auto, cpu, cuda or mps"),
-    "data": ("data/mnist", None, "folder of the four IDX files, downloaded if missing"),
-    "load": ("", None, "model.pt to sample from, without training"),
-    "out": ("runs/ddpm_mnist", None, "folder for the results"),
-}
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
@@ -65,7 +46,7 @@ def beta_schedule(name, T):
     """Forward variances as float64 [T + 1], beta[0] = 0: "linear" of Ho et al. times 1000 / T,
     "cosine" of Nichol & Dhariwal 2021, "sigmoid" of Jabri et al. 2022. Raises ValueError."""
     if name not in ("linear", "cosine", "sigmoid") or not 21 <= T <= 10_000:
-        raise ValueError(f"schedule {name} with T = {T}: linear, cosine or sigmoid; T 21 to 10000")
+        raise ValueError(f"schedule {name}, T = {T}: use linear, cosine or sigmoid, T 21 to 10000")
     u = torch.linspace(0, 1, T + 1, dtype=torch.float64)
     if name == "linear":
         return torch.cat([u[:1], torch.linspace(1e-4, 0.02, T, dtype=u.dtype) * 1000 / T])
@@ -80,12 +61,10 @@ class Diffusion(nn.Module):
     def __init__(self, T=1000, schedule="linear"):
         super().__init__()
         self.T, beta = T, beta_schedule(schedule, T)
-        alpha_bar = torch.cumprod(1 - beta, dim=0)
-        self.register_buffer("beta", beta.float())
-        self.register_buffer("alpha", (1 - beta).float())
-        self.register_buffer("alpha_bar", alpha_bar.float())
-        self.register_buffer("signal", alpha_bar.sqrt().float())
-        self.register_buffer("noise", (1 - alpha_bar).sqrt().float())  # subtracted in float64
+        a = torch.cumprod(1 - beta, dim=0)
+        self.beta, self.alpha = nn.Buffer(beta.float()), nn.Buffer((1 - beta).float())
+        self.alpha_bar, self.signal = nn.Buffer(a.float()), nn.Buffer(a.sqrt().float())
+        self.noise = nn.Buffer((1 - a).sqrt().float())  # subtracted in float64
 
     def q_sample(self, x0, t, eps):
         """x_t from x_0 and eps, both [B, ...], at steps t [B]: Eq. (4)."""
@@ -112,19 +91,18 @@ class Diffusion(nn.Module):
 
     def guided_eps(self, model, xt, t, y, guidance):
         """eps_u + s (eps_c - eps_u): Ho & Salimans 2022 (arXiv 2207.12598) Eq. (6), s = 1 + w."""
-        eps = model(xt, t, y)
-        return eps if guidance == 1 else torch.lerp(model(xt, t), eps, guidance)
+        eps = model(xt, t.expand(len(xt)), y)
+        return eps if guidance == 1 else torch.lerp(model(xt, t.expand(len(xt))), eps, guidance)
 
     @torch.no_grad()
     def p_sample_loop(self, model, xT, y=None, guidance=1.0, variance="small", generator=None):
         """Algorithm 2: yields x_T, ..., x_0. sigma_t^2 is "small" beta-tilde or "large" beta."""
         yield (xt := xT)
-        for step in range(self.T, 0, -1):
-            t = torch.full(xt.shape[:1], step, device=xt.device)
+        for t in torch.arange(self.T, 0, -1, device=xT.device).split(1):  # t [1]
             eps = self.guided_eps(model, xt, t, y, guidance)
             mean, beta_tilde = self.q_posterior(self.predict_x0(xt, t, eps), xt, t)  # = Eq. (11)
-            var = {"small": beta_tilde, "large": self.beta[step]}[variance]  # Sec. 3.2
-            z = torch.empty_like(xt).normal_(generator=generator) if step > 1 else 0
+            var = {"small": beta_tilde, "large": self.beta[t]}[variance]  # Sec. 3.2
+            z = torch.empty_like(xt).normal_(generator=generator) if t > 1 else 0
             yield (xt := mean + var.sqrt() * z)
 
     @torch.no_grad()
@@ -134,12 +112,11 @@ class Diffusion(nn.Module):
             raise ValueError(f"{steps} DDIM steps, but T = {self.T}")
         times = [round(self.T * k / steps) for k in range(steps, -1, -1)]  # T first, 0 last
         yield (xt := xT)
-        for step, s in zip(times, times[1:]):
-            t = torch.full(xt.shape[:1], step, device=xt.device)
+        for t, s in zip(torch.tensor(times, device=xT.device).split(1), times[1:]):
             x0 = self.predict_x0(xt, t, self.guided_eps(model, xt, t, y, guidance))
-            eps = (xt - self.signal[step] * x0) / self.noise[step]
-            ratio = -torch.expm1(torch.log1p(-self.beta[s + 1 : step + 1]).sum())  # 1 - a_t / a_s
-            sigma = eta * self.noise[s] / self.noise[step] * ratio.sqrt()  # Eq. (16)
+            eps = (xt - self.signal[t] * x0) / self.noise[t]
+            ratio = -torch.expm1(torch.log1p(-self.beta[s + 1 : t + 1]).sum())  # 1 - a_t / a_s
+            sigma = eta * self.noise[s] / self.noise[t] * ratio.sqrt()  # Eq. (16)
             z = sigma * torch.empty_like(xt).normal_(generator=generator)
             yield (xt := self.signal[s] * x0 + (self.noise[s] ** 2 - sigma**2).sqrt() * eps + z)
 
@@ -147,111 +124,92 @@ class Diffusion(nn.Module):
     def variational_bound(self, model, x0, y=None, generator=None):
         """L_0, ..., L_T of Eq. (5) as [T + 1], nats per data point, with sigma_t^2 = beta-tilde."""
         end = self.alpha_bar[-1]
-        terms = [end * x0**2 - end - torch.log1p(-end)]  # 2 L_T per axis
-        for step in range(self.T, 0, -1):  # one noise draw per point and step
-            t = torch.full(x0.shape[:1], step, device=x0.device)
+        terms = [(end * x0**2 - end - torch.log1p(-end)).sum() / 2]  # L_T
+        for t in torch.arange(self.T, 0, -1, device=x0.device).split(1):  # t [1]
             xt = self.q_sample(x0, t, torch.empty_like(x0).normal_(generator=generator))
-            mean, var = self.q_posterior(x0, xt, t)
-            mean_hat, _ = self.q_posterior(self.predict_x0(xt, t, model(xt, t, y)), xt, t)
-            terms.append((mean - mean_hat) ** 2 / var)  # 2 L_{t-1} per axis, Eq. (8)
-        terms[-1] = 2 * self.decoder_nll(x0, mean_hat, self.beta[1])
-        return torch.stack([term.sum() / (2 * len(x0)) for term in reversed(terms)])
+            x0_hat = self.predict_x0(xt, t, self.guided_eps(model, xt, t, y, 1))
+            (mean, var), (mean_hat, _) = (self.q_posterior(x, xt, t) for x in (x0, x0_hat))
+            terms.append(((mean - mean_hat) ** 2 / (2 * var)).sum())  # L_{t-1}, Eq. (8)
+        terms[-1] = self.decoder_nll(x0, x0_hat).sum()
+        return torch.stack(terms[::-1]) / len(x0)
 
-    def decoder_nll(self, x0, mean, var):
-        """L_0: -log p(x_0 | x_1) of every pixel, in nats: Eq. (13), the mass of N(mean, var) on
-        x_0 +- 1/255, open at -1 and 1; from the lower tail, where float does not cancel."""
-        x0, mean, sigma = x0.cpu().double(), mean.cpu().double(), var.cpu().double().sqrt()
+    def decoder_nll(self, x0, mean):
+        """L_0 per pixel in nats: Eq. (13), the mass of N(mean, beta-tilde_2) on x_0 +- 1/255, open
+        at -1 and 1 (their code's variance; beta-tilde_1 = 0)."""
+        sigma = self.noise[1] / self.noise[2] * self.beta[2].sqrt()
         low = torch.where(x0 < -0.999, -torch.inf, (x0 - 1 / 255 - mean) / sigma)
         high = torch.where(x0 > 0.999, torch.inf, (x0 + 1 / 255 - mean) / sigma)
-        low, high = torch.where(x0 > mean, torch.stack([-high, -low]), torch.stack([low, high]))
-        log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
-        return -(log_high + torch.log(-torch.expm1(log_low - log_high))).to(self.beta)
+        low, high = torch.where(x0 > mean, -high, low), torch.where(x0 > mean, -low, high)
+        low, high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)  # of the near tail
+        return -high - torch.log(-torch.expm1(low - high))
 
 
 class ResBlock(nn.Module):
-    """x + two convolutions of x; the embedding scales and shifts between them."""
+    """x + two convolutions of it; the embedding scales and shifts between them."""
 
     def __init__(self, inputs, outputs, width):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(8, inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
         self.norm2, self.conv2 = nn.GroupNorm(8, outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
-        self.embed = nn.Linear(width, 2 * outputs)
-        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.embed, self.skip = nn.Linear(width, 2 * outputs), nn.Conv2d(inputs, outputs, 1)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x, emb):
         scale, shift = self.embed(emb)[..., None, None].chunk(2, dim=1)  # [B, outputs, 1, 1]
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.norm2(h) * (1 + scale) + shift
+        h = self.norm2(self.conv1(F.silu(self.norm1(x)))) * (1 + scale) + shift
         return self.skip(x) + self.conv2(F.silu(h))
-
-
-class Attention(nn.Module):
-    """x + self-attention over all positions of x, four heads."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.norm, self.qkv = nn.GroupNorm(8, width), nn.Conv2d(width, 3 * width, 1)
-        self.out = nn.Conv2d(width, width, 1)
-        nn.init.zeros_(self.out.weight)
-
-    def forward(self, x):
-        qkv = self.qkv(self.norm(x)).unflatten(1, (3, 4, -1)).flatten(4)  # [B, 3, 4, D, H W]
-        h = F.scaled_dot_product_attention(*qkv.transpose(3, 4).unbind(1))  # [B, 4, H W, D]
-        return x + self.out(h.transpose(2, 3).reshape(x.shape))
 
 
 class UNet(nn.Module):
     """eps_theta(x_t, t, y) of images [B, channels, H, W], H and W divisible by 4; the last label,
-    y = classes, means "not told". Works on 2 x 2 patches: a quarter of the cost of full size. The
-    best linear guess of eps is noise * x_t (unit variance data); the network adds signal * net."""
+    y = classes, means "not told". The best linear guess of eps is noise * x_t (unit variance data);
+    the network adds signal * net to it. Skips are added, which costs half of concatenating them."""
 
-    def __init__(self, diffusion, channels=1, classes=10, width=64):
+    def __init__(self, diffusion, channels=1, classes=10, widths=(32, 64, 128)):
         super().__init__()
-        self.diffusion, self.classes, emb = diffusion, classes, 4 * width
-        self.register_buffer("freq", 1000 / diffusion.T * 10_000 ** (-torch.arange(32) / 32))
+        self.diffusion, self.classes, (a, b, c), emb = diffusion, classes, widths, 4 * widths[0]
+        self.freq = nn.Buffer(1000 / diffusion.T * 10_000 ** (-torch.arange(32) / 32))
         self.time = nn.Sequential(nn.Linear(64, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.label = nn.Embedding(classes + 1, emb)
-        self.stem = nn.Conv2d(4 * channels, width, 3, padding=1)
-        self.down1 = ResBlock(width, width, emb)
-        self.shrink = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.down2 = ResBlock(2 * width, 2 * width, emb)
-        self.middle1 = ResBlock(2 * width, 2 * width, emb)
-        self.attention = Attention(2 * width)
-        self.middle2 = ResBlock(2 * width, 2 * width, emb)
-        self.up2 = ResBlock(4 * width, 2 * width, emb)
-        self.grow = nn.Conv2d(2 * width, width, 3, padding=1)
-        self.up1 = ResBlock(2 * width, width, emb)
-        self.head = nn.Conv2d(width, 4 * channels, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
+        self.label, self.stem = nn.Embedding(classes + 1, emb), nn.Conv2d(channels, a, 3, padding=1)
+        self.down = nn.ModuleList(ResBlock(*io, emb) for io in ((a, a), (a, b), (b, c)))
+        self.middle = nn.ModuleList(ResBlock(c, c, emb) for _ in range(2))
+        self.norm, self.qkv, self.mix = (
+            nn.GroupNorm(8, c),
+            nn.Conv2d(c, 3 * c, 1),
+            nn.Conv2d(c, c, 1),
+        )
+        self.up = nn.ModuleList(ResBlock(*io, emb) for io in ((c, b), (b, a), (a, a)))
+        self.head = nn.Sequential(
+            nn.GroupNorm(8, a), nn.SiLU(), nn.Conv2d(a, channels, 3, padding=1)
+        )
+        nn.init.zeros_(self.head[-1].weight)
+
+    def attend(self, h):
+        """h + self-attention over all its positions, four heads."""
+        qkv = self.qkv(self.norm(h)).unflatten(1, (3, 4, -1)).flatten(4).transpose(3, 4)
+        mixed = F.scaled_dot_product_attention(*qkv.unbind(1))  # [B, 4, H W, width / 4]
+        return h + self.mix(mixed.transpose(2, 3).reshape(h.shape))
 
     def forward(self, xt, t, y=None):
         y = torch.full_like(t, self.classes) if y is None else y
         angle = t[:, None] * self.freq
-        emb = self.time(torch.cat([angle.sin(), angle.cos()], 1)) + self.label(y)
-        emb = F.silu(emb)  # [B, 4 width]
-        h1 = self.down1(self.stem(F.pixel_unshuffle(xt, 2)), emb)  # [B, width, H/2, W/2]
-        h2 = self.down2(self.shrink(h1), emb)  # [B, 2 width, H/4, W/4]
-        h = self.middle2(self.attention(self.middle1(h2, emb)), emb)
-        h = self.up2(torch.cat([h, h2], 1), emb)
-        h = self.grow(F.interpolate(h, scale_factor=2))  # [B, width, H/2, W/2]
-        h = self.up1(torch.cat([h, h1], 1), emb)
-        net = F.pixel_shuffle(self.head(F.silu(h)), 2)  # [B, C, H, W], v of Salimans & Ho 2022
-        return self.diffusion.q_sample(net.float(), t, xt)  # signal * net + noise * xt
+        emb = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + self.label(y))
+        h1 = self.down[0](self.stem(xt), emb)  # [B, 32, H, W]
+        h2 = self.down[1](F.avg_pool2d(h1, 2), emb)  # [B, 64, H/2, W/2]
+        h3 = self.down[2](F.avg_pool2d(h2, 2), emb)  # [B, 128, H/4, W/4]
+        h = self.middle[1](self.attend(self.middle[0](h3, emb)), emb)
+        h = self.up[0](h + h3, emb)  # [B, 64, H/4, W/4]
+        h = self.up[1](F.interpolate(h, scale_factor=2) + h2, emb)  # [B, 32, H/2, W/2]
+        h = self.up[2](F.interpolate(h, scale_factor=2) + h1, emb)  # [B, 32, H, W]
+        net = self.head(h).float()  # [B, channels, H, W], the v of Salimans & Ho 2022
+        return self.diffusion.q_sample(net, t, xt)  # signal * net + noise * xt
 
 
-def read_idx(file, *size):
-    """The array [n, *size] of bytes in an IDX file, gzipped or not. ValueError names the file."""
-    try:
-        raw = file.read_bytes()
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        magic, n, *found = np.frombuffer(raw[: 8 + 4 * len(size)], ">u4").tolist()
-        if (magic, *found) != (0x801 + len(size), *size):
-            raise ValueError(f"magic number {magic}, sizes {[n, *found]}")
-        array = np.frombuffer(raw, np.uint8, offset=8 + 4 * len(size)).reshape(n, *size)
-    except Exception as error:
-        raise ValueError(f"{file} is not IDX data [n{', 28' * len(size)}]: {error}") from error
-    return torch.tensor(array)
+def save(path, write):
+    """Write to a temporary file beside path, then rename: a kill leaves the old file or the new."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    write(temporary)
+    temporary.replace(path)
 
 
 def download(name, file):
@@ -271,6 +229,19 @@ def download(name, file):
     raise OSError("; ".join(reasons))
 
 
+def read_idx(file, *size):
+    """The bytes [n, *size] of an IDX file, gzipped or not. ValueError names the file."""
+    try:
+        raw = file.read_bytes()
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        magic, n, *found = np.frombuffer(raw[: 8 + 4 * len(size)], ">u4").tolist()
+        if (magic, *found) != (0x801 + len(size), *size):
+            raise ValueError(f"magic number {magic}, sizes {[n, *found]}")
+        return torch.tensor(np.frombuffer(raw, np.uint8, -1, 8 + 4 * len(size)).reshape(n, *size))
+    except Exception as error:
+        raise ValueError(f"{file} is not IDX data [n{', 28' * len(size)}]: {error}") from error
+
+
 def load_mnist(path):
     """Images uint8 [n, 28, 28] and labels [n] to train on, the same two to test on, and the folder
     they came from: `path`, filled if need be, or data/mnist5k. OSError or ValueError."""
@@ -278,12 +249,12 @@ def load_mnist(path):
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for name in FILES:
-            if not [*folder.glob(f"{name}*")]:
+            if not any(folder.glob(f"{name}*")):
                 download(name, folder / f"{name}.gz")
     except OSError as error:
         if not small.is_dir():
             raise OSError(f"put {', '.join(FILES)} there, gzipped or not; {error}") from error
-        print(f"no MNIST in {path}, using the 5,000 digits of {small}: {error}", file=sys.stderr)
+        print(f"no MNIST in {path}, so using the 5,000 digits of {small}: {error}", file=sys.stderr)
         folder = small
     files = [min(folder.glob(f"{name}*")) for name in FILES]
     x, y, test_x, test_y = (read_idx(f, *[28, 28] * ("images" in f.name)) for f in files)
@@ -293,109 +264,103 @@ def load_mnist(path):
     return x, y.long(), test_x, test_y.long(), folder
 
 
-def save(path, write):
-    """Write to a temporary file beside path, then rename: a kill leaves the old file or the new."""
-    temporary = path.with_name(f".{os.getpid()}{path.name}")
-    write(temporary)
-    temporary.replace(path)
-
-
 def to_bytes(x):
     """Images [n, 1, H, W] in [-1, 1] as uint8 [n, H, W]."""
     return (x[:, 0].clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu()
 
 
-def show(path, *panels):
-    """Draw panels (title, images [n, H, W]), ten images a row; returns the figure and a setter."""
-
-    def tile(images):
-        rows = images[: len(images) // 10 * 10].unflatten(0, (-1, 10))  # [rows, 10, H, W]
-        return rows.transpose(1, 2).flatten(0, 1).flatten(1)  # [rows H, 10 W]
-
-    figure, axes = plt.subplots(1, len(panels), squeeze=False, layout="constrained")
-    for axis, (title, images) in zip(axes[0], panels):
-        drawn = axis.imshow(tile(images), "gray")
-        axis.set(title=title, xticks=[], yticks=[])
-    save(path, partial(figure.savefig, dpi=150))
-    return figure, lambda images: drawn.set_data(tile(images))
+def tile(images):
+    """One picture of images [10 rows, H, W], ten in a row."""
+    return images.unflatten(0, (-1, 10)).transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def main(argv=None):
     """Train, resume or load; then sample, evaluate and draw. Returns the metrics."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.error = lambda text: parser.exit(2, f"{parser.prog}: {text.splitlines()[0]}\n")
-    for flag, (default, limits, text) in FLAGS.items():
-        kind = int if default is None else type(default)
-        choices = limits if kind is str else None
-        parser.add_argument(f"--{flag}", type=kind, default=default, choices=choices, help=text)
-    parser.add_argument("--resume", action="store_true", help="go on with the model.pt in --out")
+    add = parser.add_argument
+    add("--minutes", type=float, default=10, help="of training")
+    add("--steps", type=int, help="of training, instead of --minutes")
+    add("--batch-size", type=int, default=16, help="images per training step, in each process")
+    add("--lr", type=float, default=2e-3, help="peak learning rate")
+    add("--T", type=int, default=1000, help="steps of the diffusion, 21 to 10000")
+    add("--schedule", default="cosine", choices=["linear", "cosine", "sigmoid"], help="of beta_t")
+    add("--n", type=int, default=100, help="samples to draw, the classes in turn")
+    add("--sample-steps", type=int, default=50, help="of DDIM; 0 for all T of Algorithm 2")
+    add("--guidance", type=float, default=1.0, help="scale s; 0 is without labels")
+    add("--test-images", type=int, default=128, help="for the bits per dimension; 0 to skip them")
+    add("--save-every", type=int, default=500, help="steps between checkpoints")
+    add("--seed", type=int, default=0, help="of all randomness")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--amp", default="auto", choices=["auto", "on", "off"], help="bfloat16; auto: if faster")
+    add("--data", default="data/mnist", help="folder of the four IDX files")
+    add("--out", type=Path, default="runs/ddpm_mnist", help="folder for all files")
+    add("--load", type=Path, help="a model.pt to sample from, with the flags that made it")
+    add("--resume", action="store_true", help="go on with the model.pt in --out")
     args = parser.parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
-    out, saved = Path(args.out), {"config": {}, "log": []}
-    mps, cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
+    config = {key: vars(args)[key] for key in ("T", "schedule")}
+    exact = {key: vars(args)[key] for key in ("batch_size", "lr", "seed", "amp")}
+    limits = {"minutes": 1e-3, "batch_size": 1, "lr": 1e-9, "n": 10, "sample_steps": 0, "seed": 0}
+    limits |= {"steps": 1, "guidance": -99, "test_images": 0, "save_every": 1}
     try:
-        for flag, (default, limits, _) in FLAGS.items():
-            value = vars(args)[flag.replace("-", "_")]
-            if value != default and not isinstance(value, str):
-                if not limits[0] <= value <= limits[1]:
-                    raise ValueError(f"use {limits[0]} to {limits[1]}")
-        flag = "device"
-        best = "cuda" if cuda else "mps" if mps else "cpu"
-        device = torch.device(best if args.device == "auto" else args.device)
-        if world > 1 and device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.zeros(1, device=device)
-        flag, file = ("resume", out / "model.pt") if args.resume else ("load", args.load)
-        if file:
-            saved = torch.load(file, "cpu", weights_only=True)["ddpm_mnist"]
-        for flag, value in saved["config"].items():
-            if flag in ("T", "schedule") or args.resume:
-                if vars(args)[flag] not in (value, parser.get_default(flag)):
-                    raise ValueError(f"{file} has {value}; leave the flag out")
-                setattr(args, flag, value)
-        flag = "sample_steps"
-        if args.sample_steps > args.T:
-            raise ValueError(f"use at most T, which is {args.T}")
+        for flag, low in limits.items():
+            if (value := vars(args)[flag]) is not None and not low <= value <= 10**9:
+                raise ValueError(f"use {low} or more")
+        flag, auto = "device", torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        device = torch.zeros(1, device=auto if args.device == "auto" else args.device).device
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         flag = "data"
         *data, folder = load_mnist(args.data)
         x, y, test_x, test_y = (array.to(device) for array in data)
         x, test_x = (images[:, None] / 127.5 - 1 for images in (x, test_x))  # [n, 1, 28, 28]
-        flag = "resume" if args.resume else "load"
+        flag = "T"
         torch.manual_seed(args.seed)
         diffusion = Diffusion(args.T, args.schedule).to(device)
+        flag = "sample_steps"
+        if args.sample_steps > args.T:
+            raise ValueError(f"use {args.T} at most, which is T")
+        flag, file = ("resume", args.out / "model.pt") if args.resume else ("load", args.load)
+        saved = torch.load(file, device, weights_only=True)["ddpm_mnist"] if file else {}
+        if saved.get("config", config) != config or args.resume and saved["exact"] != exact:
+            raise ValueError(
+                f"{file} was made with {saved['config']} {saved.get('exact')}; use that"
+            )
         net = UNet(diffusion, classes=int(y.max()) + 1).to(device)
         # a mean over the last twentieth or so of all steps (Karras et al. 2024, Sec. 3.1)
         ema = AveragedModel(net, avg_fn=lambda mean, new, n: mean.lerp(new, 20 / (20 + n)))
-        optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99))
-        parts = {"ema": ema, "net": net, "optimizer": optimizer}
-        for name in list(parts)[: 3 if args.resume else 1] if file else ():
-            parts[name].load_state_dict(saved[name])
+        model, optimizer = ema.module, torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99))
+        if file:
+            ema.load_state_dict(saved["ema"])
+        if args.resume:
+            net.load_state_dict(saved["net"])
+            optimizer.load_state_dict(saved["optimizer"])
         flag = "out"
-        out.mkdir(parents=True, exist_ok=True)
+        args.out.mkdir(parents=True, exist_ok=True)
     except Exception as error:  # of the flag being checked; torch.load alone raises a dozen kinds
-        value = vars(args)[flag.replace("-", "_")]
-        parser.error(f"--{flag.replace('_', '-')} {value}: {str(error) or repr(error)}")
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
-    fast = {"cuda": cuda, "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16")}.get(device.type)
-    amp = bool(fast) if args.amp == "auto" else args.amp == "on"
+        value = vars(args)[flag]
+        parser.error(f"--{flag.replace('_', '-')} {value}: {str(error) or repr(error)}; see --help")
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # empty in older torch
+    fast = device.type == "cuda" or device.type == "cpu" and "avx512_bf16" in cpu
+    amp = args.amp == "on" or args.amp == "auto" and fast
     autocast = partial(torch.autocast, device.type, torch.bfloat16, amp)
-    log, learner, (model, *_) = saved["log"], net, ema.children()
+    log, learner = saved.get("log", []), net
     if world > 1:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         learner = nn.parallel.DistributedDataParallel(net)
         x, y = x[rank::world], y[rank::world]  # each rank its own part
 
     def keep():
-        config = {key: vars(args)[key] for key in ("T", "schedule", "batch_size", "lr", "seed")}
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state = {"ddpm_mnist": state | {"config": config, "log": log}}
-        save(out / "model.pt", lambda path: torch.save(state, path))
+        state = {"ema": ema.state_dict(), "net": net.state_dict(), "config": config, "log": log}
+        state = {"ddpm_mnist": state | {"optimizer": optimizer.state_dict(), "exact": exact}}
+        save(args.out / "model.pt", partial(torch.save, state))
 
     start = time.time() - (log[-1][3] if log else 0)
     bar = tqdm(desc="train", total=args.steps, initial=len(log), disable=rank > 0)
     try:  # Algorithm 1, until the budget is used or Ctrl-C
         while not args.load:
-            used = (time.time() - start) / 60 / args.minutes  # of the budget, from 0 to 1
+            used = (time.time() - start) / 60 / args.minutes  # share of the budget
             used = torch.tensor((len(log) + 0.5) / args.steps if args.steps else used)
             if world > 1:
                 distributed.broadcast(used := used.to(device), 0)  # one clock for all
@@ -431,21 +396,18 @@ def main(argv=None):
     if not args.load:
         keep()
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # sample
     xT = torch.randn(args.n, 1, 28, 28, device=device)
     label = torch.arange(args.n, device=device) % net.classes
     steps, loop = args.sample_steps or args.T, diffusion.p_sample_loop
-    if args.sample_steps:
-        loop = partial(diffusion.ddim_sample_loop, steps=steps)
-    loop = partial(loop, model, guidance=args.guidance)
-    film, bounds = [], []
+    loop = partial(diffusion.ddim_sample_loop, steps=steps) if args.sample_steps else loop
+    chunks, film = zip(xT.split(250), label.split(250)), []
     with autocast():
-        loops = [loop(part, y=y) for part, y in zip(xT.split(250), label.split(250))]
+        loops = [loop(model, part, y=y, guidance=args.guidance) for part, y in chunks]
         for parts in (bar := tqdm(zip(*loops), "sample", steps + 1)):  # x_T, ..., x_0
-            samples = to_bytes(torch.cat(parts))
-            film.append(samples[:100])
-        # the bound, on random test images in 16 groups, whose spread gives the standard error
-        pick = torch.randperm(len(test_x), device=device)[: args.test_images]
+            film.append(to_bytes(samples := torch.cat(parts))[: args.n // 10 * 10][:100])
+        # evaluate on random test images, in 16 groups: their spread gives the standard error
+        pick, bounds = torch.randperm(len(test_x), device=device)[: args.test_images], []
         for part in tqdm(pick.tensor_split(16) if args.test_images else (), "bound"):
             bounds.append(diffusion.variational_bound(model, test_x[part], test_y[part]))
     loss, seconds = np.array(log).reshape(-1, 4).T[[1, 3]]
@@ -453,39 +415,42 @@ def main(argv=None):
     metrics |= {"amp": amp, "torch": torch.__version__, "dataset": folder.name}
     metrics |= {"train_images": len(data[0]), "train_seconds": seconds.max(initial=0)}
     metrics |= {"parameters": sum(p.numel() for p in net.parameters()), "loss": loss[-500:].mean()}
-    metrics["images_per_second"] = len(log) * args.batch_size * world / seconds.max(initial=1)
+    metrics["images_per_second"] = len(log) * args.batch_size * world / seconds.max(initial=1e-9)
     metrics["sample_seconds"] = bar.format_dict["elapsed"]
     if bounds:  # -log p(x) <= -log p(x | y) - log p(y), and p(y) = 1 / classes
         bits = (torch.stack(bounds).sum(1) + math.log(net.classes)) / math.log(2) / 784
         metrics |= {"bits_per_dim": bits.mean().item(), "bits_per_dim_error": bits.std().item() / 4}
-    k = torch.linspace(0, steps, 10).round().int()  # ten states of the path
-    times = (args.T * (steps - k) / steps).round().long()
-    noised = diffusion.cpu().q_sample(test_x[:1].cpu().expand(10, -1, -1, -1), times, xT[:10].cpu())
-    rows = torch.cat([to_bytes(noised), torch.stack([film[i][0] for i in k])])
-    title = f"q(x_t | x_0) above, sampling below, t = {', '.join(map(str, times.tolist()))}"
-    show(out / "diffusion_process.png", (title, rows))
-    figure, move = show(
-        out / "results.png", ("data", to_bytes(test_x[:100])), ("samples", samples[:100])
-    )
-    frames = film[:: max(1, steps // 50)] + [samples[:100]] * 15
-    movie = FuncAnimation(figure, lambda i: move(frames[i]), len(frames))
-    save(out / "sampling.gif", lambda path: movie.save(path, "pillow", fps=12))
+
+    k = torch.linspace(0, steps, 10).round()  # draw ten states of the path
+    times = (args.T * (1 - k / steps)).round().long()
+    noised = diffusion.cpu().q_sample(test_x[:1].cpu().expand(10, -1, -1, -1), times, xT[:1].cpu())
+    reverse = torch.stack([film[i][0] for i in k.int()])
+    figure, axis = plt.subplots(figsize=(10, 2.4), layout="constrained")
+    axis.imshow(tile(torch.cat([to_bytes(noised), reverse])), "gray")
+    axis.set_xticks(range(14, 280, 28), [f"t = {t}" for t in times])
+    axis.set_yticks([14, 42], ["q(x_t | x_0)", "sampling"])
+    save(args.out / "diffusion_process.png", figure.savefig)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 5), layout="constrained")
+    axes[0].imshow(tile(to_bytes(test_x[:100])), "gray")
+    drawn = axes[1].imshow(tile(film[-1]), "gray")
+    save(args.out / "results.png", figure.savefig)
+    film = film[:: max(1, steps // 50)] + [film[-1]] * 15
+    movie = FuncAnimation(figure, lambda i: drawn.set_data(tile(film[i])), len(film))
+    save(args.out / "sampling.gif", lambda path: movie.save(path, "pillow", fps=12))
     figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
-    window = np.ones(min(100, len(log) or 1)) / min(100, len(log) or 1)
-    axes[0].plot(np.convolve(loss, window, "valid") if log else loss)
+    axes[0].plot(loss, lw=0.1)
     axes[1].semilogy(sum(bounds).cpu() / 16 if bounds else [])
     axes[2].plot(torch.stack([diffusion.signal, diffusion.noise], 1))
     for axis, title in zip(axes, ("loss, by step", "L_t in nats, by t", "signal and noise, by t")):
         axis.set_title(title)
-    save(out / "training.png", figure.savefig)
-    plt.close("all")
-    for name, array in (("samples.npy", samples), ("labels.npy", label.cpu())):
-        save(out / name, lambda path: np.save(path.open("wb"), array.numpy()))
-    csv = "\n".join(["step,loss,lr,seconds", *[",".join(map(str, row)) for row in log], ""])
-    save(out / "log.csv", lambda path: path.write_text(csv))
-    text = json.dumps(metrics, indent=1)
-    save(out / "metrics.json", lambda path: path.write_text(text))
-    print(text, f"files in {out}", sep="\n")
+    save(args.out / "training.png", figure.savefig)
+    for name, array in (("samples", to_bytes(samples)), ("labels", label.cpu())):
+        save(args.out / f"{name}.npy", lambda path: np.save(path, array))
+    head = "step,loss,lr,seconds"
+    save(args.out / "log.csv", lambda f: np.savetxt(f, log, "%.6g", ",", header=head, comments=""))
+    text = json.dumps(metrics, indent=1, default=str)
+    save(args.out / "metrics.json", lambda path: path.write_text(text))
+    print(text, f"files in {args.out}", sep="\n")
     return metrics
 
 
