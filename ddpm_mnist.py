@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.animation import FuncAnimation
 from torch import distributed, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 MIRRORS = (
@@ -320,8 +320,9 @@ def main(argv=None):
         flag = "resume" if args.resume else "load"
         net = UNet(diffusion, classes=int(y.max()) + 1).to(device)
         # a mean over the last twentieth or so of all steps (Karras et al. 2024, Sec. 3.1)
-        ema = AveragedModel(net, avg_fn=lambda mean, new, n: mean.lerp(new, 20 / (20 + n)))
-        model, optimizer = ema.module, torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99))
+        mix = lambda old, new, n: get_ema_multi_avg_fn(float(n / (20 + n)))(old, new, n)
+        ema = AveragedModel(net, multi_avg_fn=mix)
+        optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), fused=True)
         if file:
             ema.load_state_dict(saved["ema"])
         if args.resume:
@@ -337,7 +338,7 @@ def main(argv=None):
     fast = device.type == "cuda" or device.type == "cpu" and "avx512_bf16" in cpu
     amp = args.amp == "on" or args.amp == "auto" and fast
     autocast = partial(torch.autocast, device.type, torch.bfloat16, amp)
-    log, learner = saved.get("log", []), net
+    learner, model, log = net, ema.module, saved.get("log", [])
     if world > 1:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         learner = nn.parallel.DistributedDataParallel(net)

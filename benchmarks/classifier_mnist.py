@@ -118,9 +118,9 @@ def main(argv=None):
     parser.add_argument("--model", type=Path, default="runs/classifier.pt", help="the classifier")
     parser.add_argument("--data", type=Path, default="data/mnist", help="folder of the IDX files")
     parser.add_argument("--train", action="store_true", help="train and save it first")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=4, help="of --train")
     args = parser.parse_args(argv)
-    (train_x, train_y, test_x, test_y), _ = load_mnist(args.data)
+    train_x, train_y, test_x, test_y, _ = load_mnist(args.data)
     torch.manual_seed(0)
     model, results = Classifier(), {}
     if args.train:
