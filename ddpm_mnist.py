@@ -367,8 +367,11 @@ def main(argv=None):
             pick = torch.randint(len(x), (args.batch_size,), device=device)
             hide = torch.rand(args.batch_size, device=device) < 0.1  # labels, for guidance
             label = y[pick].masked_fill(hide, net.classes)
+            # t evenly spread over the batch: less noise in the gradient (Kingma et al. 2021)
+            spread = torch.arange(args.batch_size, device=device) * args.T // args.batch_size
+            t = (spread + torch.randint(args.T, (1,), device=device)) % args.T + 1
             with autocast():
-                loss = diffusion.p_losses(learner, x[pick], label, gamma=1)
+                loss = diffusion.p_losses(learner, x[pick], label, t, gamma=2)
             if not loss.isfinite():
                 parser.error(f"--lr {args.lr}: loss {loss} at step {len(log) + 1}; use a lower one")
             optimizer.zero_grad()
