@@ -1,0 +1,661 @@
+"""ddpm_mnist.py as a specification: decoder, clipping, U-Net, files, downloads, resume, torchrun.
+
+Diffusion and beta_schedule have the text of ddpm_2d.py (test_all_scripts.py), so what is proved in
+test_ddpm_2d.py holds here too. Nothing here needs a network, a GPU or the real MNIST.
+"""
+
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributions import Normal
+
+import ddpm_mnist
+from ddpm_mnist import Diffusion, UNet, load_mnist
+
+SCRIPT = Path(ddpm_mnist.__file__)
+SMALL = SCRIPT.parent / "data" / "mnist5k"
+NAMES = [f"{a}-{b}" for a in ("train", "t10k") for b in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+TINY = ["--steps", "2", "--batch-size", "8", "--T", "21", "--n", "10", "--sample-steps", "3"]
+TINY += ["--test-images", "16"]
+
+
+def idx(array):
+    """The bytes of an IDX file, written from its description and not by our code."""
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return head + array.tobytes()
+
+
+def digits(n=64, test=32):
+    """Four arrays by file name: noisy bars whose column tells the label."""
+    rng, arrays = np.random.default_rng(0), {}
+    for part, count in (("train", n), ("t10k", test)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        images = rng.integers(0, 40, (count, 28, 28), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[:, 2 * label + 3 : 2 * label + 6] = 220
+        arrays |= {f"{part}-images-idx3-ubyte": images, f"{part}-labels-idx1-ubyte": labels}
+    return arrays
+
+
+def write(folder, arrays, packed=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        raw = idx(array)
+        path = folder / (name + ".gz" * packed)
+        path.write_bytes(gzip.compress(raw) if packed else raw)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data"), digits())
+
+
+# ------------------------------------------------------------------------------- bound and clipping
+
+
+def grid():
+    return (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
+
+
+@given(
+    mean=st.floats(-1.3, 1.3), T=st.integers(21, 2000), name=st.sampled_from(["linear", "cosine"])
+)
+def test_decoder_is_a_distribution_over_the_256_values(mean, T, name):
+    nll = Diffusion(T, name).decoder_nll(grid(), torch.full((256, 1, 1, 1), mean))
+    assert (nll >= 0).all() and nll.isfinite().all()
+    assert (-nll.double()).exp().sum().item() == pytest.approx(1, abs=1e-4)
+
+
+@given(mean=st.floats(-1, 1), value=st.integers(0, 255))
+def test_decoder_is_the_gaussian_mass_of_the_bin_of_eq_13(mean, value):
+    diffusion = Diffusion(100)
+    x = torch.full((1, 1, 1, 1), value / 127.5 - 1)
+    law = Normal(torch.tensor(mean).double(), diffusion.beta[1].double().sqrt())
+    high = 1 if value == 255 else law.cdf(x.double() + 1 / 255).item()
+    low = 0 if value == 0 else law.cdf(x.double() - 1 / 255).item()
+    nll = diffusion.decoder_nll(x, torch.full_like(x, mean)).item()
+    if high - low > 1e-6:
+        assert math.exp(-nll) == pytest.approx(high - low, rel=2e-3)
+    else:
+        assert nll > 10
+
+
+def test_predicted_pixels_are_clipped():
+    diffusion, t = Diffusion(100), torch.tensor([1, 50, 100])
+    x = diffusion.predict_x0(5 * torch.randn(3, 1, 4, 4), t, torch.randn(3, 1, 4, 4))
+    assert x.abs().max() == 1
+    x0, eps = torch.rand(3, 1, 4, 4) * 1.8 - 0.9, torch.randn(3, 1, 4, 4)
+    t = torch.tensor([1, 20, 40])
+    got = diffusion.predict_x0(diffusion.q_sample(x0, t, eps), t, eps)
+    torch.testing.assert_close(got, x0, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_clipping_rederives_the_noise(steps):
+    """Each state of DDIM is on the line from x0_hat to the noise that x_t and x0_hat imply."""
+    diffusion, calls = Diffusion(60), []
+
+    def model(xt, t, y=None):
+        calls.append((xt, t))
+        return -2 * xt  # far too little noise: x0_hat is clipped
+
+    states = list(diffusion.ddim_sample_loop(model, torch.randn(2, 1, 4, 4), steps))
+    times = [round(60 * k / steps) for k in range(steps, -1, -1)]
+    for (xt, t), after, s in zip(calls, states[1:], times[1:], strict=True):
+        x0 = diffusion.predict_x0(xt, t, -2 * xt)
+        a, b = diffusion.alpha_bar.double()[t[0]], diffusion.alpha_bar.double()[s]
+        eps = (xt - a.sqrt() * x0) / (1 - a).sqrt()
+        want = b.sqrt() * x0 + (1 - b).sqrt() * eps
+        torch.testing.assert_close(after.double(), want, rtol=1e-3, atol=1e-3)
+    assert states[-1].abs().max() <= 1
+
+
+def test_samples_stay_in_range_with_a_useless_model():
+    *_, x0 = Diffusion(30).p_sample_loop(lambda xt, t, y=None: 0 * xt, torch.randn(4, 1, 4, 4))
+    assert x0.abs().max() <= 1
+
+
+# --------------------------------------------------------------------------------------- the U-Net
+
+
+def unet(channels=1, **more):
+    torch.manual_seed(0)
+    net = UNet(Diffusion(50), channels=channels, **more)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))  # away from the zero-initialised output
+    return net.eval()
+
+
+@pytest.mark.parametrize(("channels", "height", "width"), [(1, 28, 28), (3, 32, 32), (1, 8, 12)])
+def test_every_size_divisible_by_4_and_every_number_of_channels_works(channels, height, width):
+    x, t = torch.randn(2, channels, height, width), torch.tensor([3, 50])
+    out = unet(channels)(x, t, torch.tensor([1, 9]))
+    assert out.shape == x.shape and out.dtype == x.dtype and out.isfinite().all()
+
+
+def test_untrained_network_is_the_best_linear_guess():
+    diffusion = Diffusion(50)
+    x, t = torch.randn(2, 1, 28, 28), torch.tensor([3, 50])
+    out = UNet(diffusion)(x, t)
+    torch.testing.assert_close(out, diffusion.noise[t].view(2, 1, 1, 1) * x, rtol=1e-5, atol=1e-5)
+
+
+def test_network_depends_on_image_time_and_label():
+    net, x = unet(), torch.randn(1, 1, 28, 28)
+    t, y = torch.tensor([20]), torch.tensor([4])
+    out = net(x, t, y)
+    outs = net(x + 0.1, t, y), net(x, t + 1, y), net(x, t, y + 1), net(x, t)
+    assert all((other - out).abs().max() > 1e-4 for other in outs)
+    torch.testing.assert_close(net(x, t), net(x, t, torch.tensor([10])))  # the last one is "none"
+
+
+def test_images_of_a_batch_do_not_see_each_other():
+    net, x = unet(), torch.randn(5, 1, 28, 28)
+    t, y = torch.tensor([1, 10, 20, 30, 50]), torch.tensor([0, 1, 2, 10, 9])
+    order = torch.tensor([3, 0, 4, 1, 2])
+    out = net(x, t, y)
+    torch.testing.assert_close(net(x[order], t[order], y[order]), out[order], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net(x[1:2], t[1:2], y[1:2]), out[1:2], rtol=1e-4, atol=1e-4)
+
+
+def test_every_pixel_sees_the_whole_image():
+    """Convolutions alone reach less far; attention at a quarter of the size does the rest."""
+    x = torch.randn(1, 1, 64, 64, requires_grad=True)
+    unet()(x, torch.tensor([20]))[0, 0, 0, 0].backward()
+    assert x.grad[0, 0, -4:, -4:].abs().max() > 0
+
+
+def test_every_parameter_learns():
+    net = unet().train()
+    x, t = torch.randn(4, 1, 28, 28), torch.tensor([1, 10, 30, 50])
+    loss = net(x, t, torch.tensor([0, 3, 10, 9])).square().mean()
+    loss.backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 0, name
+
+
+def test_bf16_and_float32_agree():
+    net, x = unet(), torch.randn(8, 1, 28, 28)
+    t = torch.arange(1, 49, 6)
+    with torch.no_grad():
+        full = net(x, t)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = net(x, t)
+    assert half.dtype == torch.float32  # the sampler goes on in full precision
+    assert (half - full).norm() / full.norm() < 0.02
+
+
+def test_network_learns_one_batch_by_heart():
+    torch.manual_seed(0)
+    diffusion = Diffusion(50)
+    net = UNet(diffusion)
+    x0, y = torch.rand(4, 1, 8, 8) * 2 - 1, torch.arange(4)
+    t, eps = torch.tensor([5, 20, 35, 50]), torch.randn(4, 1, 8, 8)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(120):
+        loss = diffusion.p_losses(net, x0, y, t, eps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.01
+
+
+# ---------------------------------------------------------------------------------------- the files
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_idx_files_come_back_as_written(packed, tmp_path):
+    arrays = digits()
+    x, y, test_x, test_y, *_ = load_mnist(write(tmp_path, arrays, packed))
+    for got, name in zip((x, y, test_x, test_y), NAMES, strict=True):
+        np.testing.assert_array_equal(np.asarray(got).reshape(arrays[name].shape), arrays[name])
+    assert y.dtype == test_y.dtype == torch.int64
+
+
+def test_committed_digits_are_real_and_balanced():
+    x, y, test_x, test_y, *_ = load_mnist(SMALL)
+    assert len(x) + len(test_x) == 5000 and x.shape[1:] == (28, 28)
+    counts = torch.bincount(y) + torch.bincount(test_y)
+    assert (counts == 500).all()
+    mean = torch.stack([x[y == k].float().mean(0) for k in range(10)]).flatten(1)
+    nearest = torch.cdist(test_x.flatten(1).float(), mean).argmin(1)
+    assert (nearest == test_y).float().mean() > 0.75  # the nearest class mean gets about 80 %
+
+
+def fails(capsys, argv, *words):
+    """main exits with 2 and one line on stderr that holds all the words."""
+    with pytest.raises(SystemExit) as exit:
+        ddpm_mnist.main([str(a) for a in argv])
+    lines = [k for k in capsys.readouterr().err.splitlines() if "it/s" not in k and k.strip()]
+    assert exit.value.code == 2 and len(lines) == 1, lines
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+
+
+def broken(raw):
+    other = bytes([0, 0, 8, 3])
+    return {
+        "empty": b"",
+        "text": b"<html>403 Forbidden</html>",
+        "cut": raw[: len(raw) // 2],
+        "too_long": raw + b"x",
+        "magic": b"\x00\x00\x0d" + raw[3:],
+        "more_axes": other + raw[4:],
+        "cut_gzip": gzip.compress(raw)[:-30],
+        "no_items": raw[:4] + bytes(4),
+    }
+
+
+@pytest.mark.parametrize("kind", list(broken(b"12345678")))
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_broken_idx_files_are_named(name, kind, tmp_path, capsys):
+    folder = write(tmp_path / "d", digits(), packed=False)
+    raw = (folder / name).read_bytes()
+    bad = broken(raw)[kind]
+    if kind == "more_axes" and name.startswith("train-images"):
+        bad = bytes([0, 0, 8, 1]) + raw[4:]
+    (folder / name).write_bytes(bad)
+    fails(
+        capsys, ["--data", folder, "--out", tmp_path / "out", *TINY], f"--data {folder}", name[:5]
+    )
+    assert not (tmp_path / "out" / "model.pt").exists()
+
+
+def test_images_and_labels_must_be_as_many(tmp_path, capsys):
+    arrays = digits()
+    arrays["train-labels-idx1-ubyte"] = arrays["train-labels-idx1-ubyte"][:-1]
+    folder = write(tmp_path / "d", arrays)
+    fails(capsys, ["--data", folder, "--out", tmp_path / "o", *TINY], "63", "64", "train-labels")
+
+
+# --------------------------------------------------------------------------------- the download
+
+
+class Server(ThreadingHTTPServer):
+    """Two mirrors, /a/ and /b/; `say` maps a path to (status, headers, body)."""
+
+    def __init__(self, say):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.server.seen.append(self.path)
+                status, length, body = say(self.path)
+                self.send_response(status)
+                self.send_header("Content-Length", str(length))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.seen = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def mirrors(monkeypatch):
+    """Start a server; its mirror /a/ is tried first, then /b/. The files are our digits."""
+    servers, arrays = [], digits()
+    packed = {f"{name}.gz": gzip.compress(idx(array)) for name, array in arrays.items()}
+    hashes = {name: hashlib.sha256(idx(array)).hexdigest() for name, array in arrays.items()}
+
+    def start(a, b):
+        def say(path):
+            mirror, name = path.strip("/").split("/")
+            return (a if mirror == "a" else b)(packed[name])
+
+        servers.append(Server(say))
+        root = f"http://127.0.0.1:{servers[-1].server_port}"
+        monkeypatch.setattr(ddpm_mnist, "MIRRORS", (f"{root}/a/", f"{root}/b/"))
+        monkeypatch.setattr(ddpm_mnist, "FILES", {name: hashes[name] for name in ddpm_mnist.FILES})
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def good(body):
+    return 200, len(body), body
+
+
+BAD = {
+    "404": lambda body: (404, 9, b"not found"),
+    "503": lambda body: (503, 0, b""),
+    "html": lambda body: (200, 20, b"<html>moved</html>  "),
+    "wrong_bytes": lambda body: good(gzip.compress(gzip.decompress(body)[:-1] + b"?")),
+    "cut_half_way": lambda body: (200, len(body), body[: len(body) // 2]),
+}
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_missing_files_are_downloaded_once(mirrors, tmp_path):
+    server = mirrors(good, good)
+    for _ in range(2):  # the second time they are there
+        x, *_ = load_mnist(tmp_path / "new")
+    assert len(x) == 64 and server.seen == [f"/a/{name}.gz" for name in NAMES]
+    assert names(tmp_path / "new") == sorted(f"{name}.gz" for name in NAMES)
+
+
+def test_only_missing_files_are_downloaded(mirrors, tmp_path):
+    server = mirrors(good, good)
+    write(tmp_path, digits(), packed=False)
+    (tmp_path / NAMES[2]).unlink()
+    load_mnist(tmp_path)
+    assert server.seen == [f"/a/{NAMES[2]}.gz"]
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_mirror_is_followed_by_the_next(kind, mirrors, tmp_path):
+    server = mirrors(BAD[kind], good)
+    x, *_ = load_mnist(tmp_path)
+    assert len(x) == 64 and len(server.seen) == 8
+    assert names(tmp_path) == sorted(f"{name}.gz" for name in NAMES)  # no temporary file is left
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_without_a_good_mirror_the_committed_digits_are_used(kind, mirrors, tmp_path, capsys):
+    mirrors(BAD[kind], BAD["404"])
+    x, *_ = load_mnist(tmp_path)
+    assert len(x) + len(load_mnist(SMALL)[2]) == 5000
+    lines = [k for k in capsys.readouterr().err.splitlines() if "mnist5k" in k]
+    assert len(lines) == 1 and str(tmp_path) in lines[0]
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_script_copied_alone_tells_which_files_to_put_where(
+    mirrors, tmp_path, monkeypatch, capsys
+):
+    mirrors(BAD["404"], BAD["503"])
+    monkeypatch.setattr(ddpm_mnist, "__file__", str(tmp_path / "alone" / "ddpm_mnist.py"))
+    folder = tmp_path / "nowhere"
+    fails(capsys, ["--data", folder, "--out", tmp_path / "out", *TINY], f"--data {folder}", *NAMES)
+
+
+# ------------------------------------------------------------------------- the script as a whole
+
+FILES = {
+    "model.pt", "metrics.json", "log.csv", "samples.npy", "labels.npy", "diffusion_process.png",
+    "results.png", "training.png", "sampling.gif",
+}  # fmt: skip
+KEYS = {
+    "script", "seed", "device", "steps", "parameters", "train_seconds", "sample_seconds", "loss",
+    "bits_per_dim", "images_per_second", "dataset", "train_images",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """One small run in a subprocess, from an empty folder, with the default --out."""
+    folder = tmp_path_factory.mktemp("run")
+    command = [sys.executable, SCRIPT, *TINY, "--data", data]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, folder / "runs" / "ddpm_mnist", done
+
+
+def saved(folder):
+    return torch.load(folder / "model.pt", weights_only=True)
+
+
+def same(a, b):
+    """Nested dicts and lists with equal leaves."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_script_leaves_every_file_and_key(run):
+    folder, out, done = run
+    assert set(names(out)) == FILES and os.listdir(folder) == ["runs"]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics.keys() >= KEYS and metrics["script"] == "ddpm_mnist"
+    assert metrics["steps"] == 2 and metrics["train_images"] == 64
+    assert "bits_per_dim" in done.stdout and str(Path("runs") / "ddpm_mnist") in done.stdout
+    samples, labels = np.load(out / "samples.npy"), np.load(out / "labels.npy")
+    assert samples.dtype == np.uint8 and samples.shape == (10, 28, 28)
+    assert labels.tolist() == list(range(10))
+    assert (out / "log.csv").read_text().startswith("step,loss,lr,seconds\n")
+
+
+def test_same_seed_gives_the_same_numbers_and_another_seed_others(data, tmp_path):
+    flags = ["--data", str(data), *TINY, "--amp", "off"]
+    a, b, c = (
+        ddpm_mnist.main([*flags, "--out", str(tmp_path / k), "--seed", k[-1]])
+        for k in ("a0", "b0", "c1")
+    )
+    assert a["loss"] == b["loss"] != c["loss"] and a["bits_per_dim"] == b["bits_per_dim"]
+    assert (tmp_path / "a0/samples.npy").read_bytes() == (tmp_path / "b0/samples.npy").read_bytes()
+
+
+def test_bits_per_dim_are_the_bound_in_bits_over_784_pixels(data, tmp_path, monkeypatch):
+    """The label is given, and costs log 10 nats: -log p(x) <= -log p(x | y) - log p(y)."""
+    monkeypatch.setattr(Diffusion, "variational_bound", lambda self, *a, **k: torch.ones(22) * 3.0)
+    metrics = ddpm_mnist.main(["--data", str(data), *TINY, "--out", str(tmp_path)])
+    want = (66 + math.log(10)) / math.log(2) / 784
+    assert metrics["bits_per_dim"] == pytest.approx(want, rel=1e-5)
+    assert metrics["bits_per_dim_error"] == pytest.approx(0, abs=1e-6)
+
+
+def test_bound_is_that_of_test_images_with_their_labels(data, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(self, model, x0, y=None, generator=None):
+        seen.append((x0, y))
+        return torch.zeros(22)
+
+    monkeypatch.setattr(Diffusion, "variational_bound", spy)
+    ddpm_mnist.main(["--data", str(data), *TINY, "--out", str(tmp_path)])
+    images, labels = (torch.cat(part) for part in zip(*seen, strict=True))
+    _, _, test_x, test_y, *_ = load_mnist(data)
+    assert len(images) == 16
+    for image, label in zip(((images[:, 0] + 1) * 127.5).round().byte(), labels, strict=True):
+        assert any(
+            torch.equal(image, x) and label == y for x, y in zip(test_x, test_y, strict=True)
+        )
+
+
+def test_training_hides_a_tenth_of_the_labels_and_keeps_the_others(data, tmp_path, monkeypatch):
+    seen, x, y = [], *load_mnist(data)[:2]
+
+    def spy(self, model, x0, y=None, t=None, eps=None):
+        seen.append((x0, y))
+        return sum(p.sum() for p in model.parameters()) * 0
+
+    monkeypatch.setattr(Diffusion, "p_losses", spy)
+    flags = ["--data", str(data), *TINY, "--steps", "40", "--batch-size", "100"]
+    ddpm_mnist.main([*flags, "--out", str(tmp_path), "--test-images", "0"])
+    images, labels = (torch.cat(part) for part in zip(*seen, strict=True))
+    hidden = labels == 10
+    assert abs(hidden.float().mean() - 0.1) < 6 * math.sqrt(0.09 / 4000)
+    assert images.min() >= -1 and images.max() <= 1 and images.shape == (4000, 1, 28, 28)
+    lookup = {x[i].numpy().tobytes(): y[i].item() for i in range(len(x))}
+    whole = ((images[:, 0] + 1) * 127.5).round().byte()
+    for image, label, hide in zip(whole, labels, hidden, strict=True):
+        assert hide or lookup[image.numpy().tobytes()] == label
+
+
+def test_resume_equals_uninterrupted(data, tmp_path, monkeypatch):
+    flags = ["--data", str(data), *TINY, "--steps", "6", "--test-images", "0", "--save-every", "1"]
+    ddpm_mnist.main([*flags, "--out", str(tmp_path / "whole")])
+    losses, calls = Diffusion.p_losses, []
+
+    def stop(self, *args, **more):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return losses(self, *args, **more)
+
+    monkeypatch.setattr(Diffusion, "p_losses", stop)
+    ddpm_mnist.main([*flags, "--out", str(tmp_path / "parts")])
+    monkeypatch.setattr(Diffusion, "p_losses", losses)
+    ddpm_mnist.main([*flags, "--out", str(tmp_path / "parts"), "--resume"])
+    whole, parts = (saved(tmp_path / name)["ddpm_mnist"] for name in ("whole", "parts"))
+    assert len(calls) == 4 and len(parts["log"]) == 6
+    assert same(
+        {k: v for k, v in whole.items() if k != "log"}, {k: parts[k] for k in whole if k != "log"}
+    )
+    assert [row[:3] for row in whole["log"]] == [row[:3] for row in parts["log"]]
+    assert (tmp_path / "whole/samples.npy").read_bytes() == (
+        tmp_path / "parts/samples.npy"
+    ).read_bytes()
+
+
+def test_load_samples_without_training(run, data, tmp_path):
+    model = run[1] / "model.pt"
+    flags = ["--data", str(data), *TINY, "--load", str(model), "--out", str(tmp_path)]
+    metrics = ddpm_mnist.main(flags)
+    assert not (tmp_path / "model.pt").exists() and metrics["parameters"] > 0
+    a, b = (np.load(folder / "samples.npy").astype(int) for folder in (run[1], tmp_path))
+    assert np.abs(a - b).mean() < 2  # the same start and the same weights
+
+
+def start(folder, data, *flags):
+    """The script in the background, returned once it has trained a few steps."""
+    command = [sys.executable, SCRIPT, *TINY, "--data", data, "--out", folder, *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    seen = b""
+    while not re.search(rb"[ |][1-9]\d*/100000", seen) and process.poll() is None:
+        seen += os.read(process.stderr.fileno(), 4096)
+    return process
+
+
+def test_ctrl_c_keeps_what_was_trained_and_still_samples(data, tmp_path):
+    process = start(tmp_path, data, "--steps", "100000")
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert b"going on with what was learned" in stdout
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert 0 < metrics["steps"] < 100_000 and set(names(tmp_path)) == FILES
+
+
+def test_kill_while_saving_leaves_a_checkpoint_that_loads(data, tmp_path):
+    process = start(tmp_path, data, "--steps", "100000", "--save-every", "1")
+    deadline = time.time() + 60
+    while not (tmp_path / "model.pt").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    for _ in range(40):  # until a temporary file shows that it is being written
+        if any(name.startswith(".") for name in names(tmp_path)):
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    steps = len(saved(tmp_path)["ddpm_mnist"]["log"])
+    flags = ["--data", str(data), *TINY, "--steps", str(steps + 1), "--out", str(tmp_path)]
+    metrics = ddpm_mnist.main([*flags, "--resume", "--test-images", "0"])
+    assert metrics["steps"] == steps + 1
+
+
+DRIVER = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import ddpm_mnist
+nets, make, losses, seen = [], ddpm_mnist.UNet, ddpm_mnist.Diffusion.p_losses, []
+def unet(*args, **more):
+    nets.append(make(*args, **more))
+    return nets[-1]
+def p_losses(self, model, x0, *args, **more):
+    seen.append(x0)
+    return losses(self, model, x0, *args, **more)
+ddpm_mnist.UNet, ddpm_mnist.Diffusion.p_losses = unet, p_losses
+import os
+rank = os.environ["RANK"]
+ddpm_mnist.main(sys.argv[1:])
+torch.save([nets[0].state_dict(), torch.cat(seen)], f"rank{{rank}}.pt")
+"""
+
+
+def test_two_processes_share_weights_but_not_data_and_write_once(data, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER.format(root=str(SCRIPT.parent)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "0", "--standalone", "driver.py", *TINY, "--data", data]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (a, seen_a), (b, seen_b) = (torch.load(tmp_path / f"rank{k}.pt") for k in (0, 1))
+    assert same(a, b)
+    assert set(names(tmp_path / "runs" / "ddpm_mnist")) == FILES
+    assert done.stdout.count("bits_per_dim_error") == 1  # one process reports
+    images = [{x.numpy().tobytes() for x in seen} for seen in (seen_a, seen_b)]
+    assert not images[0] & images[1]  # each has its own part of the data
+    start = UNet(Diffusion(21, "cosine")).state_dict()
+    assert any(not torch.equal(a[k], start[k]) for k in a if "weight" in k)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--T", 20], ["--T", "20", "21"]),
+        (["--T", "x"], ["--T", "'x'"]),
+        (["--schedule", "tanh"], ["--schedule", "tanh", "cosine"]),
+        (["--steps", 0], ["--steps", "0", "1"]),
+        (["--batch-size", -3], ["--batch-size", "-3", "1"]),
+        (["--lr", 0], ["--lr", "0"]),
+        (["--lr", "nan"], ["--lr", "nan"]),
+        (["--minutes", -1], ["--minutes", "-1"]),
+        (["--sample-steps", 22], ["--sample-steps", "22", "21"]),
+        (["--device", "gpu"], ["--device", "gpu", "cpu"]),
+        (["--device", "cuda:99"], ["--device", "cuda:99"]),
+        (["--amp", "maybe"], ["--amp", "maybe", "auto"]),
+        (["--load", "nope.pt"], ["--load", "nope.pt"]),
+        (["--nonsense"], ["--nonsense"]),
+    ],
+)
+def test_wrong_flags_get_one_line_that_tells_the_fix(argv, words, data, capsys, tmp_path):
+    fails(capsys, [*TINY, "--data", data, *argv, "--out", tmp_path / "out"], *words)
+    assert not (tmp_path / "out" / "model.pt").exists()
+
+
+def test_checkpoints_that_do_not_fit_are_refused(run, data, capsys, tmp_path):
+    good, path = run[1] / "model.pt", tmp_path / "x.pt"
+    whole, flags = good.read_bytes(), [*TINY, "--data", data, "--out", tmp_path / "out"]
+    for content in (b"", b"text", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        fails(capsys, [*flags, "--load", path], f"--load {path}")
+    for other in ([1, 2], {"config": ["8gaussians", 21, "cosine"], "log": [], "ema": {}}):
+        torch.save(other, path)
+        fails(capsys, [*flags, "--load", path], f"--load {path}")
+
+
+def test_folder_that_cannot_be_written_is_refused(data, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    fails(capsys, [*TINY, "--data", data, "--out", tmp_path / "file"], f"--out {tmp_path}")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_loss_that_explodes_stops_and_keeps_the_last_good_model(run, data, capsys, tmp_path):
+    shutil.copy(run[1] / "model.pt", tmp_path)
+    before = (tmp_path / "model.pt").read_bytes()
+    broke = Diffusion.p_losses
+    try:
+        Diffusion.p_losses = lambda self, *a, **k: broke(self, *a, **k) * math.nan
+        fails(capsys, [*TINY, "--data", data, "--out", tmp_path], "--lr", "step 1", "lower")
+    finally:
+        Diffusion.p_losses = broke
+    assert (tmp_path / "model.pt").read_bytes() == before
