@@ -243,8 +243,8 @@ def main(argv=None):
         net = NoisePredictor(diffusion, int(data.labels.max()) + 1).to(device)
         flag = "load"
         saved = torch.load(args.load, device, weights_only=True) if args.load else {}
-        if saved.get("config", config) != config:
-            raise ValueError(f"it was made with {saved['config']}; give the same flags")
+        if args.load and saved.get("config") != config:
+            raise ValueError(f"it was made with {saved.get('config')}; give the same flags")
         net.load_state_dict(saved["ema"] if args.load else net.state_dict())
         flag = "out"
         part.mkdir(parents=True, exist_ok=True)
@@ -313,7 +313,7 @@ def main(argv=None):
         size = {"figsize": (2.4 * len(rows[0]), 2.6 * len(rows)), "layout": "constrained"}
         fig, axes = plt.subplots(len(rows), len(rows[0]), squeeze=False, **size)
         for ax, (title, x) in zip(axes.flat, sum(rows, [])):
-            dots = ax.scatter(*x.T.cpu(), s=2, lw=0, c=COLORS[y.cpu() % len(COLORS)])
+            dots = ax.scatter(*x[:4000].T.cpu(), s=3, lw=0, c=COLORS[y[:4000].cpu() % len(COLORS)])
             ax.set(title=title, xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), xticks=[], yticks=[])
         fig.savefig(part / name, dpi=120)
         return fig, axes, dots
@@ -334,7 +334,8 @@ def main(argv=None):
                 ax.quiver(*x[:300].T.cpu(), *score.T.cpu(), scale=25)
         fig.savefig(part / "score.png", dpi=120)
     fig, _, dots = clouds("sampling.gif", [("from noise to data", xT)])
-    film = FuncAnimation(fig, lambda x: dots.set_offsets(x.cpu()), path[:: T // 20] + path[-1:] * 9)
+    move = lambda x: dots.set_offsets(x[:4000].cpu())
+    film = FuncAnimation(fig, move, path[:: T // 20] + path[-1:] * 9)
     film.save(part / "sampling.gif", writer="pillow")
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
     left.semilogy(*np.array(log).reshape(-1, 4)[:, :2].T, lw=0.3)

@@ -179,7 +179,8 @@ class UNet(nn.Module):
         self.qkv, self.mix = nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
         self.up = nn.ModuleList(ResBlock(*io, emb) for io in ((c, b), (b, a), (a, a)))
         self.head = nn.Sequential(nn.GroupNorm(8, a), nn.SiLU(), nn.Conv2d(a, channels, 3, 1, 1))
-        nn.init.zeros_(self.head[-1].weight)
+        for parameter in self.head[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def attend(self, h):
         """h + self-attention over all its positions, four heads."""
@@ -202,7 +203,7 @@ class UNet(nn.Module):
         return self.diffusion.q_sample(net, t, xt)  # signal * net + noise * xt
 
 
-def save(path, write):
+def save_atomic(path, write):
     """Write to a temporary file beside path, then rename: a kill leaves the old file or the new."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     write(temporary)
@@ -220,7 +221,7 @@ def download(name, file):
                     packed = b"".join(iter(partial(body.read, 2**16), b""))
             if hashlib.sha256(gzip.decompress(packed)).hexdigest() != FILES[name]:
                 raise ValueError("wrong SHA-256")
-            return save(file, lambda path: path.write_bytes(packed))
+            return save_atomic(file, lambda path: path.write_bytes(packed))
         except Exception as error:  # whatever it is, the next mirror may do
             reasons.append(f"{mirror}: {error!r}")
     raise OSError("; ".join(reasons))
@@ -269,7 +270,7 @@ def to_bytes(x):
 def main(argv=None):
     """Train, resume or load; then sample, evaluate and draw. Returns the metrics."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.error = lambda text: parser.exit(2, f"{parser.prog}: {text.splitlines()[0]}\n")
+    parser.error = lambda text: parser.exit(2, f"{parser.prog}: {text}\n")
     add = parser.add_argument
     add("--minutes", type=float, default=10, help="of training")
     add("--steps", type=int, help="of training, instead of --minutes")
@@ -309,7 +310,10 @@ def main(argv=None):
         if args.sample_steps > args.T:
             raise ValueError(f"use {args.T} at most, which is T")
         flag, file = ("resume", args.out / "model.pt") if args.resume else ("load", args.load)
-        saved = torch.load(file, device, weights_only=True)["ddpm_mnist"] if file else {}
+        saved = torch.load(file, device, weights_only=True) if file else {"ddpm_mnist": {}}
+        if "ddpm_mnist" not in saved:
+            raise ValueError("it is not a checkpoint of this script")
+        saved = saved["ddpm_mnist"]
         for flag in list(config)[: 6 if args.resume else 2] if file else ():
             if saved["config"][flag] != config[flag]:
                 raise ValueError(f"{file} was made with {saved['config'][flag]}; use that")
@@ -331,9 +335,9 @@ def main(argv=None):
         flag = "out"
         args.out.mkdir(parents=True, exist_ok=True)
     except Exception as error:  # of the flag being checked; torch.load alone raises a dozen kinds
-        name = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__} "
-        flag, value = flag.replace("_", "-"), vars(args)[flag]
-        parser.error(f"--{flag} {value}: {name}{error}; see --help")
+        value, flag = vars(args)[flag], flag.replace("_", "-")
+        reason = (str(error) or repr(error)).splitlines()[0]
+        parser.error(f"--{flag} {value}: {reason}; see --help")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # empty in older torch
     fast = device.type == "cuda" or device.type == "cpu" and "avx512_bf16" in cpu
     amp = args.amp == "on" or args.amp == "auto" and fast
@@ -347,7 +351,7 @@ def main(argv=None):
     def keep():
         state = {"ema": ema.state_dict(), "net": net.state_dict(), "config": config, "log": log}
         state = {"ddpm_mnist": state | {"optimizer": optimizer.state_dict()}}
-        save(args.out / "model.pt", partial(torch.save, state))
+        save_atomic(args.out / "model.pt", partial(torch.save, state))
 
     start = time.time() - (log[-1][3] if log else 0)
     text = f"train, batch {args.batch_size * world}"  # the effective one
@@ -373,6 +377,7 @@ def main(argv=None):
             with autocast():
                 loss = diffusion.p_losses(learner, x[pick], label, t, gamma=2)
             if not loss.isfinite():
+                bar.close()
                 parser.error(f"--lr {args.lr}: loss {loss} at step {len(log) + 1}; use a lower one")
             optimizer.zero_grad()
             loss.backward()
@@ -426,7 +431,10 @@ def main(argv=None):
             "bits_per_dim_error": bits.std().item() / 8**0.5,
         }
 
-    tile = lambda x: x.unflatten(0, (-1, 10)).transpose(1, 2).flatten(0, 1).flatten(1)  # ten a row
+    def tile(x):  # ten a row
+        x = x[: len(x) // 10 * 10].unflatten(0, (-1, 10))  # [rows, 10, H, W]
+        return x.transpose(1, 2).flatten(0, 1).flatten(1).numpy()
+
     k = torch.linspace(0, steps, 10).round()  # draw ten states of the path
     times = (args.T * (1 - k / steps)).round().long()
     noised = diffusion.cpu().q_sample(test_x[:1].cpu().expand(10, -1, -1, -1), times, xT[:1].cpu())
@@ -435,27 +443,31 @@ def main(argv=None):
     axis.imshow(tile(torch.cat([to_bytes(noised), reverse])), "gray")
     axis.set_xticks(range(14, 280, 28), [f"t = {t}" for t in times])
     axis.set_yticks([14, 42], ["q(x_t | x_0)", "sampling"])
-    save(args.out / "diffusion_process.png", figure.savefig)
+    save_atomic(args.out / "diffusion_process.png", figure.savefig)
     figure, axes = plt.subplots(1, 2, figsize=(10, 5), layout="constrained")
     axes[0].imshow(tile(to_bytes(test_x[:100])), "gray")
     drawn = axes[1].imshow(tile(film[-1]), "gray")
-    save(args.out / "results.png", figure.savefig)
-    film = film[:: max(1, steps // 50)] + [film[-1]] * 15
+    save_atomic(args.out / "results.png", figure.savefig)
+    film = film[:: max(1, steps // 20)] + [film[-1]] * 5
     movie = FuncAnimation(figure, lambda i: drawn.set_data(tile(film[i])), len(film))
-    save(args.out / "sampling.gif", lambda path: movie.save(path, "pillow", fps=12))
+    save_atomic(args.out / "sampling.gif", lambda path: movie.save(path, "pillow", fps=6))
     figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
     axes[0].plot(loss, lw=0.1)
-    axes[1].semilogy(sum(bounds).cpu() / 8 if bounds else [])
-    axes[2].plot(torch.stack([diffusion.signal, diffusion.noise], 1))
+    if bounds:
+        axes[1].semilogy(sum(bounds).cpu().numpy() / 8)
+    axes[2].plot(torch.stack([diffusion.signal, diffusion.noise], 1).numpy())
     for axis, title in zip(axes, ("loss, by step", "L_t in nats, by t", "signal and noise, by t")):
         axis.set_title(title)
-    save(args.out / "training.png", figure.savefig)
+    save_atomic(args.out / "training.png", figure.savefig)
+    plt.close("all")
     for name, array in (("samples", to_bytes(samples)), ("labels", label.cpu())):
-        save(args.out / f"{name}.npy", lambda path: np.save(path, array))
+        save_atomic(args.out / f"{name}.npy", lambda path: np.save(path, array.numpy()))
     head = "step,loss,lr,seconds"
-    save(args.out / "log.csv", lambda f: np.savetxt(f, log, "%.6g", ",", header=head, comments=""))
+    save_atomic(
+        args.out / "log.csv", lambda f: np.savetxt(f, log, "%.6g", ",", header=head, comments="")
+    )
     text = json.dumps(metrics, indent=1, default=str)
-    save(args.out / "metrics.json", lambda path: path.write_text(text))
+    save_atomic(args.out / "metrics.json", lambda path: path.write_text(text))
     print(text, f"files in {args.out}", sep="\n")
     return metrics
 
