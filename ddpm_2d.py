@@ -235,6 +235,7 @@ def main(argv=None):
                 raise ValueError(f"use {low} or more")
         flag, auto = "device", torch.accelerator.current_accelerator(check_available=True) or "cpu"
         device = torch.zeros(1, device=auto if args.device == "auto" else args.device).device
+        args.device = str(device)
         flag = "data"
         data, mean, std = load_data(args.data, device)
         flag = "T"
@@ -256,7 +257,7 @@ def main(argv=None):
     ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     optimizer = torch.optim.AdamW(net.parameters(), args.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
-    log, bar = saved.get("log", []), tqdm(range(0 if args.load else args.steps), "train")
+    log, bar = saved.get("log", []), tqdm(range(1, 1 if args.load else args.steps + 1), "train")
     try:
         for step in bar:
             x0, y = data.sample(args.batch_size)

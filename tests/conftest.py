@@ -7,4 +7,4 @@ from hypothesis import settings
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", 2)))
