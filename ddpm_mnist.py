@@ -447,6 +447,8 @@ def main(argv=None):
     figure, axes = plt.subplots(1, 2, figsize=(10, 5), layout="constrained")
     axes[0].imshow(tile(to_bytes(test_x[:100])), "gray")
     drawn = axes[1].imshow(tile(film[-1]), "gray")
+    for axis, title in zip(axes, ("test set", "samples")):
+        axis.set(title=title, xticks=[], yticks=[])
     save_atomic(args.out / "results.png", figure.savefig)
     film = film[:: max(1, steps // 20)] + [film[-1]] * 5
     movie = FuncAnimation(figure, lambda i: drawn.set_data(tile(film[i])), len(film))
