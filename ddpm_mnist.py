@@ -393,6 +393,7 @@ def main(argv=None):
         print(f"\nstopped at step {len(log)}; going on with what was learned")
     bar.close()
     if world > 1:
+        distributed.barrier()  # nobody hangs up on a slower one
         distributed.destroy_process_group()
     if rank > 0:
         return {}

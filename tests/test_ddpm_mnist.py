@@ -597,7 +597,9 @@ def test_two_processes_share_weights_but_not_data_and_write_once(data, tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", "0", "--standalone", "--", "driver.py", *TINY, "--data", data]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     (a, seen_a), (b, seen_b) = (torch.load(tmp_path / f"rank{k}.pt") for k in (0, 1))
     assert same(a, b)
