@@ -185,8 +185,10 @@ class ToyData:
 def load_data(name, device="cpu"):
     """A toy set, or the rows x,y[,label] of a .npy or .csv file, as ToyData of mean 0 and variance
     1 per axis; and the mean [2] and std [2] that undo it. Raises OSError or ValueError."""
-    turn, u = lambda a: torch.exp(1j * math.pi * a), torch.linspace(0, 1, 300).double()
-    arm, x = u.sqrt() * turn(3 * u.sqrt()), torch.arange(40).repeat(40, 1) / 10
+    turn = lambda a: torch.exp(1j * math.pi * a)  # on the unit circle, a = 2 is all around
+    u = torch.linspace(0, 1, 300).double()
+    arm = u.sqrt() * turn(3 * u.sqrt())
+    x = torch.arange(40).repeat(40, 1) / 10  # [40, 40]
     toys = {  # points x + iy in the order of their labels, number of labels, sigma
         "8gaussians": (turn(torch.arange(8) / 4), 8, 0.15),
         "moons": (torch.cat([turn(u), 1 + 0.5j - turn(u)]), 2, 0.08),
@@ -195,12 +197,13 @@ def load_data(name, device="cpu"):
         "spirals": (torch.cat([arm, -arm]), 2, 0.06),
         "checkerboard": (torch.complex(x, x.T)[(x.floor() + x.T.floor()) % 2 == 0], 4, 0.06),
     }
-    z, classes, sigma = toys.get(name, (u + 0j, 1, 0.0))
-    rows = torch.stack([z.real, z.imag, torch.arange(len(z)) * classes // len(z)], 1).double()
-    if name not in toys:
+    if name in toys:
+        z, classes, sigma = toys[name]
+        rows = torch.stack([z.real, z.imag, torch.arange(len(z)) * classes // len(z)], 1).double()
+    else:
         text = "" if name.endswith(".npy") else Path(name).read_text().strip()
         rows = [line.split(",") for line in text.splitlines()] or np.load(name)
-        rows = torch.from_numpy(np.array(rows, np.float64))
+        rows, sigma = torch.from_numpy(np.array(rows, np.float64)), 0.0
     good = rows.shape[1:] in ((2,), (3,)) and len(rows) and rows.isfinite().all()
     if not good or (rows[:, 2:] != rows[:, 2:].long().abs()).any():
         raise ValueError("use finite rows x,y or x,y,label; labels are 0, 1, 2, ...")
@@ -326,8 +329,8 @@ def main(argv=None):
     reverse = [(f"DDPM, {T} steps", path[-1]), (f"DDIM, {min(50, T)} steps", fast)]
     clouds("results.png", [("data", x0), *reverse, ("DDIM, guidance 3", guided)])
     if data.sigma:
-        names = ("exact", "learned")
-        rows = [[(f"{name} score, {title}", x) for title, x in forward[1:4]] for name in names]
+        kinds = ("exact", "learned")
+        rows = [[(f"{kind} score, {title}", x) for title, x in forward[1:4]] for kind in kinds]
         fig, axes, _ = clouds("score.png", *rows)
         for row, f in zip(axes, (ideal, model)):
             for ax, t, (_, x) in zip(row, times[1:4], forward[1:4]):  # at some of the points

@@ -417,20 +417,16 @@ def main(argv=None):
     loss, seconds = np.array(log).reshape(-1, 4).T[[1, 3]]
     metrics = {"script": "ddpm_mnist", **vars(args), "device": str(device), "steps": len(log)}
     metrics |= {"amp": amp, "torch": torch.__version__, "dataset": folder.name}
-    metrics |= {
-        "train_images": len(data[0]),
-        "parameters": sum(p.numel() for p in net.parameters()),
-    }
+    metrics["train_images"] = len(data[0])
+    metrics["parameters"] = sum(p.numel() for p in net.parameters())
     if log:
         metrics |= {"loss": loss[-500:].mean(), "train_seconds": seconds[-1]}
         metrics["images_per_second"] = len(log) * args.batch_size * world / seconds[-1]
     metrics["sample_seconds"] = bar.format_dict["elapsed"]
     if bounds:  # -log p(x) <= -log p(x | y) - log p(y), and p(y) = 1 / classes
         bits = (torch.stack(bounds).sum(1) + math.log(net.classes)) / math.log(2) / 784
-        metrics |= {
-            "bits_per_dim": bits.mean().item(),
-            "bits_per_dim_error": bits.std().item() / 8**0.5,
-        }
+        metrics["bits_per_dim"] = bits.mean().item()
+        metrics["bits_per_dim_error"] = bits.std().item() / 8**0.5
 
     def tile(x):  # ten a row
         x = x[: len(x) // 10 * 10].unflatten(0, (-1, 10))  # [rows, 10, H, W]

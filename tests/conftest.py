@@ -1,10 +1,28 @@
 """Settings for every test: small thread count, a derandomised hypothesis profile, no leftovers."""
 
+import importlib
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", 2)))
+
+
+@pytest.fixture
+def fails(request, capsys):
+    """Check that main of the script under test exits with 2 and one line that holds all words."""
+    main = importlib.import_module(request.module.__name__.removeprefix("test_")).main
+
+    def check(argv, *words):
+        with pytest.raises(SystemExit) as exit:
+            main([str(a) for a in argv])
+        lines = [k for k in capsys.readouterr().err.splitlines() if "it/s" not in k and k.strip()]
+        assert exit.value.code == 2 and len(lines) == 1, lines
+        for word in words:
+            assert str(word) in lines[0], lines[0]
+
+    return check
