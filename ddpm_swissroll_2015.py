@@ -183,7 +183,7 @@ def train(args, model, config, fail):
                 bar.set_postfix_str(f"K - L_null = {-loss.item() - L_NULL:.2f} bits")
                 save(args.out / "model.pt", lambda path: torch.save(state, path))
     except KeyboardInterrupt:
-        print(f"\nstopped at step {step}; going on with what was learned")
+        print(f"\nstopped after step {len(log)}; going on with what was learned")
     save(args.out / "model.pt", lambda path: torch.save(state, path))
     head = "step,loss,lr,seconds"
     save(args.out / "log.csv", lambda f: np.savetxt(f, log, "%.6g", ",", header=head, comments=""))
@@ -289,7 +289,7 @@ def main(argv=None):
     print("\n".join(f"{key:26} {value:8.3f}" for key, value in metrics.items()))
     print(f"paper, Table 1: K = 2.35, K - L_null = 6.45 bits. Files are in {args.out}")
     metrics |= {"script": "ddpm_swissroll_2015", "torch": torch.__version__, **vars(args)}
-    metrics["parameters"] = sum(p.numel() for p in model.parameters())
+    metrics |= {"steps": len(log), "parameters": sum(p.numel() for p in model.parameters())}
     text = json.dumps(metrics, indent=2, default=str)
     save(args.out / "metrics.json", lambda path: path.write_text(text))
     save(args.out / "samples.npy", lambda path: np.save(path, states[-1].numpy()))

@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,27 @@ from hypothesis import settings
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", 2)))
+
+
+def pytest_collection_modifyitems(items):
+    """TEST_ORDER=reverse, or a seed for a random order: no test may need another one."""
+    order = os.environ.get("TEST_ORDER")
+    if order == "reverse":
+        items.reverse()
+    elif order:
+        random.Random(order).shuffle(items)
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(monkeypatch):
+    """main plots its figures but does not render them; where it runs as a program, it does."""
+
+    def touch(self, path, *args, **more):
+        self._draw_was_started = True  # or an animation complains that nobody looked at it
+        Path(path).touch()
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", touch)
+    monkeypatch.setattr("matplotlib.animation.Animation.save", touch)
 
 
 @pytest.fixture

@@ -187,33 +187,37 @@ MUTANTS = [
 def survives(mutant):
     """Whether the tests of the script pass with the bug in it."""
     file, old, new, _ = mutant
+    source = (ROOT / file).read_text()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("ddpm_2d.py", "ddpm_swissroll_2015.py", "ddpm_mnist.py", "pyproject.toml"):
             shutil.copy(ROOT / name, copy)
         for name in ("tests", "data/mnist5k"):
             shutil.copytree(ROOT / name, copy / name)
-        (copy / file).write_text((ROOT / file).read_text().replace(old, new))
+        (copy / file).write_text(source.replace(old, new))
         tests = copy / "tests" / f"test_{file}"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(tests)]
         env = os.environ | {"TEST_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        if source.index(old) > source.index("def main("):  # the tests of main come last
+            env["TEST_ORDER"] = "reverse"
         return subprocess.run(command, cwd=copy, env=env, capture_output=True).returncode == 0
 
 
 def main():
     """Run the chosen mutants on all cores; exit code 1 if one survives or no longer applies."""
     chosen = [m for m in MUTANTS if all(word in " ".join(m) for word in sys.argv[1:])]
-    gone = [m for m in chosen if (ROOT / m[0]).read_text().count(m[1]) != 1]
-    for file, old, _, origin in gone:
+    bad = [m for m in chosen if (ROOT / m[0]).read_text().count(m[1]) != 1]
+    for file, old, _, origin in bad:
         print(f"no longer applies: {file}: {origin}: {old!r}")
-    chosen = [m for m in chosen if m not in gone]
+    chosen = [m for m in chosen if m not in bad]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        alive = list(tqdm(pool.map(survives, chosen), "mutants", len(chosen)))
-    survivors = [mutant for mutant, lives in zip(chosen, alive, strict=True) if lives]
-    for file, old, new, origin in survivors:
+        runs = {pool.submit(survives, mutant): mutant for mutant in chosen}
+        bar = tqdm(concurrent.futures.as_completed(runs), "mutants", len(runs))
+        alive = [runs[done] for done in bar if done.result() and (tqdm.write(str(runs[done])) or True)]
+    for file, old, new, origin in alive:
         print(f"survived: {file}: {origin}: {old!r} -> {new!r}")
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} killed")
-    return 1 if survivors or gone else 0
+    print(f"{len(chosen) - len(alive)} of {len(chosen)} killed")
+    return 1 if alive or bad else 0
 
 
 if __name__ == "__main__":
