@@ -212,10 +212,12 @@ def main():
     chosen = [m for m in chosen if m not in bad]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = {pool.submit(survives, mutant): mutant for mutant in chosen}
-        bar = tqdm(concurrent.futures.as_completed(runs), "mutants", len(runs))
-        alive = [runs[done] for done in bar if done.result() and (tqdm.write(str(runs[done])) or True)]
-    for file, old, new, origin in alive:
-        print(f"survived: {file}: {origin}: {old!r} -> {new!r}")
+        alive = []
+        for done in tqdm(concurrent.futures.as_completed(runs), "mutants", len(runs)):
+            if done.result():
+                alive.append(runs[done])
+                file, old, new, origin = runs[done]
+                tqdm.write(f"survived: {file}: {origin}: {old!r} -> {new!r}")
     print(f"{len(chosen) - len(alive)} of {len(chosen)} killed")
     return 1 if alive or bad else 0
 
