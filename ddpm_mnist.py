@@ -199,7 +199,7 @@ class UNet(nn.Module):
         h = self.up[0](h + h3, emb)  # [B, 64, H/4, W/4]
         h = self.up[1](F.interpolate(h, scale_factor=2) + h2, emb)  # [B, 32, H/2, W/2]
         h = self.up[2](F.interpolate(h, scale_factor=2) + h1, emb)  # [B, 32, H, W]
-        net = self.head(h).float()  # [B, channels, H, W], the v of Salimans & Ho 2022
+        net = self.head(h)  # [B, channels, H, W], the v of Salimans & Ho 2022
         return self.diffusion.q_sample(net, t, xt)  # signal * net + noise * xt
 
 

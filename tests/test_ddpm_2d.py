@@ -224,6 +224,17 @@ def test_loss_is_the_mean_squared_error_of_the_noise():
     assert inputs[0][1] is t and inputs[0][2] is y
 
 
+def test_gamma_2_measures_the_error_in_v():
+    """v = sqrt(a) eps - sqrt(1 - a) x_0, and eps = sqrt(a) v + sqrt(1 - a) x_t (Salimans & Ho)."""
+    diffusion, t = Diffusion(100, "cosine"), torch.tensor([1, 30, 60, 95])
+    x0, eps, v_hat = torch.randn(3, 4, 2, generator=seeded())
+    a = torch.cumprod(1 - beta_schedule("cosine", 100), 0)[t][:, None]
+    v = a.sqrt() * eps - (1 - a).sqrt() * x0
+    model = lambda xt, t, y=None: a.sqrt() * v_hat + (1 - a).sqrt() * xt
+    loss = diffusion.p_losses(model, x0, None, t, eps, gamma=2)
+    assert loss.item() == pytest.approx(((v - v_hat) ** 2).mean().item(), rel=1e-4)
+
+
 def test_fresh_noise_has_unit_variance_and_is_the_target():
     """A model that returns what q_sample adds has no loss; one that returns 0 has loss 1."""
     diffusion, x0 = Diffusion(), torch.zeros(200_000, 2)
@@ -444,6 +455,14 @@ def test_terms_of_the_bound_are_divergences_of_gaussians(schedule):
     assert terms.shape == (T + 1,)
     for t, kl in want.items():
         assert terms[t].item() == pytest.approx(kl.sum(1).mean().item(), rel=3e-3, abs=1e-6), t
+
+
+def test_bound_tells_the_model_the_labels():
+    labels, x0 = torch.tensor([2, 0, 1]), torch.randn(3, 2, generator=seeded())
+    told = lambda xt, t, y=None: 0.1 * y[:, None] + 0.5 * xt
+    fixed = lambda xt, t, y=None: told(xt, t, labels)
+    a = Diffusion(30).variational_bound(told, x0, labels, seeded(1))
+    torch.testing.assert_close(a, Diffusion(30).variational_bound(fixed, x0, None, seeded(1)))
 
 
 def test_prior_term_has_the_size_given_in_the_paper():

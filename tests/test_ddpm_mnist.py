@@ -185,6 +185,17 @@ def test_every_pixel_sees_the_whole_image():
     assert x.grad[0, 0, -4:, -4:].abs().max() > 0
 
 
+def test_attention_mixes_positions_by_softmax_of_q_k():
+    """Against the formula of Vaswani et al. 2017 written out, four heads."""
+    torch.manual_seed(0)
+    net = UNet(Diffusion(100), widths=(16, 16, 32))
+    h = torch.randn(2, 32, 3, 5)
+    q, k, v = net.qkv(net.norm(h)).reshape(2, 3, 4, 8, 15).unbind(1)  # [B, heads, 8, positions]
+    weight = torch.softmax(torch.einsum("bhdn,bhdm->bhnm", q, k) / math.sqrt(8), -1)
+    mixed = torch.einsum("bhnm,bhdm->bhdn", weight, v).reshape(2, 32, 3, 5)
+    torch.testing.assert_close(net.attend(h), h + net.mix(mixed), rtol=1e-4, atol=1e-5)
+
+
 def test_every_parameter_learns():
     net = unet().train()
     x, t = torch.randn(4, 1, 28, 28), torch.tensor([1, 10, 30, 50])
@@ -442,6 +453,13 @@ def test_same_seed_gives_the_same_numbers_and_another_seed_others(data, tmp_path
     assert (tmp_path / "a0/samples.npy").read_bytes() == (tmp_path / "b0/samples.npy").read_bytes()
 
 
+def test_saved_samples_undo_the_scaling_of_the_data():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    assert torch.equal(ddpm_mnist.to_bytes(pixels[:, None] / 127.5 - 1), pixels)
+    extremes = torch.tensor([[[[-7.0, 7.0]]]])
+    assert ddpm_mnist.to_bytes(extremes).tolist() == [[[0, 255]]]
+
+
 def test_bits_per_dim_are_the_bound_in_bits_over_784_pixels(data, tmp_path, monkeypatch):
     """The label is given, and costs log 10 nats: -log p(x) <= -log p(x | y) - log p(y)."""
     monkeypatch.setattr(Diffusion, "variational_bound", lambda self, *a, **k: torch.ones(22) * 3.0)
@@ -572,12 +590,13 @@ DRIVER = """
 import sys, torch
 sys.path.insert(0, {root!r})
 import ddpm_mnist
-nets, make, losses, seen = [], ddpm_mnist.UNet, ddpm_mnist.Diffusion.p_losses, []
+nets, make, losses, seen, times = [], ddpm_mnist.UNet, ddpm_mnist.Diffusion.p_losses, [], []
 def unet(*args, **more):
     nets.append(make(*args, **more))
     return nets[-1]
 def p_losses(self, model, x0, *args, **more):
     seen.append(x0)
+    times.append(args[1])
     return losses(self, model, x0, *args, **more)
 ddpm_mnist.UNet, ddpm_mnist.Diffusion.p_losses = unet, p_losses
 import os
@@ -587,7 +606,7 @@ touch = lambda self, path, *args, **more: Path(path).touch()
 figure.Figure.savefig = animation.Animation.save = touch
 rank = os.environ["RANK"]
 ddpm_mnist.main(sys.argv[1:])
-torch.save([nets[0].state_dict(), torch.cat(seen)], f"rank{{rank}}.pt")
+torch.save([nets[0].state_dict(), torch.cat(seen), torch.cat(times)], f"rank{{rank}}.pt")
 """
 
 
@@ -600,8 +619,8 @@ def test_two_processes_share_weights_but_not_data_and_write_once(data, tmp_path)
         command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    (a, seen_a), (b, seen_b) = (torch.load(tmp_path / f"rank{k}.pt") for k in (0, 1))
-    assert same(a, b)
+    (a, seen_a, t_a), (b, seen_b, t_b) = (torch.load(tmp_path / f"rank{k}.pt") for k in (0, 1))
+    assert same(a, b) and not torch.equal(t_a, t_b)  # equal weights, different noise
     assert set(names(tmp_path / "runs" / "ddpm_mnist")) == FILES
     assert done.stdout.count("bits_per_dim_error") == 1  # one process reports
     images = [{x.numpy().tobytes() for x in seen} for seen in (seen_a, seen_b)]

@@ -122,12 +122,22 @@ def test_schedule_starts_with_equal_steps_of_the_signal_to_noise_ratio():
     _, alpha_bar, var = rbf().schedule().detach().double()
     step = (alpha_bar / var)[1:].log().diff()
     assert torch.allclose(step, step.mean().expand_as(step), rtol=1e-3)
+    assert alpha_bar[-1] < var[-1] / 2  # x_T is more noise than signal, even before training
 
 
 def test_one_minus_alpha_bar_is_not_a_float32_difference():
     var = rbf().schedule()[2].detach()
     assert var[1].item() == pytest.approx(1e-5, rel=1e-6)
     assert 1 - (1 - var[1]).item() != pytest.approx(1e-5, rel=1e-4)  # what the shortcut would give
+
+
+def test_the_schedule_is_that_of_float64_rounded_once():
+    model = shaken(rbf(T=1000, beta1=1e-6), 0.5)
+    beta = torch.cat([torch.tensor([1e-6]), model.logit_beta.detach().double().sigmoid()])
+    log_alpha_bar = torch.log1p(-beta.double()).cumsum(0)
+    _, alpha_bar, var = model.schedule().detach().double()[:, 1:]
+    assert torch.allclose(alpha_bar, log_alpha_bar.exp(), rtol=2e-7, atol=0)
+    assert torch.allclose(var[1:], -log_alpha_bar[1:].expm1(), rtol=2e-7, atol=0)
 
 
 def test_q_sample_equals_t_single_steps():
