@@ -4,9 +4,9 @@
 # ///
 """DDPM (Ho et al. 2020, arXiv 2006.11239) with a U-Net on MNIST, judged in bits per dimension.
 
-python ddpm_mnist.py                                        ten minutes, on two CPU cores
-python ddpm_mnist.py --load weights/ddpm_mnist.pt --n 100   a hundred digits in seconds
-torchrun --nproc-per-node 8 ddpm_mnist.py --minutes 2       eight GPUs, eight times the batch
+python ddpm_mnist.py                                     ten minutes, on two CPU cores
+python ddpm_mnist.py --load weights/ddpm_mnist.pt --test-images 0     a hundred digits in seconds
+torchrun --nproc-per-node 8 ddpm_mnist.py --minutes 2    eight GPUs, eight times the batch
 """
 
 import argparse

@@ -11,8 +11,8 @@
 From the paper: T, RBF layer shared by all steps, a readout for each (App. D.1.1), sigmoid on a
 diagonal f_Sigma, x_0 given x_1 as in q (App. B.1), beta_1 fixed, the others learned. Chosen, where
 it is silent: roll, beta_1, f_mu through an estimate of x_0, readout 0 = forward kernel (as in Eq.
-(64), (65) for images), Adam for SFO, new noise each step. --net mlp has a full f_Sigma: 40 diagonal
-steps cannot reach the paper's 6.45 bits on this roll, whatever the network.
+(64), (65) for images), Adam for SFO, new noise each step. --net mlp has a full f_Sigma: with the
+schedule of the start 40 diagonal steps cannot reach 6.45 bits on this roll, whatever the network.
 """
 
 import argparse

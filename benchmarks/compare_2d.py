@@ -6,8 +6,9 @@
 Every run is a process of its own with the same budget of seconds; training data are drawn afresh,
 without labels. smalldiffusion has its own example for points and its settings are used. The other
 two have none: both train the same plain residual MLP, with their own schedule, loss, average of
-weights and sampler. Prints a table with medians over the seeds and writes assets/compare_2d.png and
-runs/compare_2d.json.
+weights and sampler; so their rows show what a usual network gives, not a limit of the package. Ours
+samples in parts of 2,500 points, the others all at once. Prints a table with medians over the seeds
+and writes assets/compare_2d.png and runs/compare_2d.json.
 """
 
 import argparse
@@ -115,8 +116,8 @@ def smalldiffusion(draw, seconds):
 
         return run
 
-    fast, full = sample(20, gam=2), sample(200, gam=1, mu=0.5)
-    return net, steps, {"its own, 20 steps": fast, "DDPM, 200 steps": full}
+    fast, ddpm = sample(20, gam=2), sample(100, gam=1, mu=0.5)  # at 200 steps its last is nan
+    return net, steps, {"its own, 20 steps": fast, "DDPM, 100 steps": ddpm}
 
 
 def denoising_diffusion_pytorch(draw, seconds):
@@ -235,19 +236,23 @@ def code_lines(name):
 
 
 def draw(rows, path):
-    """Quality over seconds of training, one line for each package with its best sampler."""
+    """Quality over seconds of training; each package with the sampler that ends best."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for key, ax in zip(("swd_ratio", "off_support"), axes, strict=True):
-        for color, name in zip(COLORS, PACKAGES):
-            points = [(r["seconds"], r[key]) for r in rows if r["package"] == name and r["first"]]
-            x, y = np.array(sorted(points)).T
-            ax.plot(x, y, "o-", color=color, label=name.replace("_", "-"))
-        ax.set(xscale="log", yscale="log", xlabel="seconds of training", title=key)
-        ax.set_xticks(x, [f"{k:g}" for k in x], minor=False)
-        ax.minorticks_off()
-    axes[0].legend()
+    last = max(r["seconds"] for r in rows)
+    for color, name in zip(COLORS, PACKAGES):
+        mine = [r for r in rows if r["package"] == name]
+        ends = [r for r in mine if r["seconds"] == last]
+        best = min(ends, key=lambda r: r["swd_ratio"])["sampler"]
+        for key, ax in zip(("swd_ratio", "off_support"), axes, strict=True):
+            points = sorted((r["seconds"], r[key]) for r in mine if r["sampler"] == best)
+            x, y = np.array(points).T
+            ax.plot(x, y, "o-", color=color, label=f"{name.replace('_', '-')} ({best})")
+            ax.set(xscale="log", yscale="log", xlabel="seconds of training", title=key)
+            ax.set_xticks(x, [f"{k:g}" for k in x])
+            ax.minorticks_off()
+    axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
 
@@ -276,9 +281,7 @@ def main(argv=None):
         groups.setdefault((row["package"], row["sampler"], row["seconds"]), []).append(row)
     for (name, sampler, seconds), group in groups.items():
         numbers = {k: statistics.median(r[k] for r in group) for k in group[0] if k not in ROW}
-        first = sampler == next(s for n, s, _ in groups if n == name)
         medians.append({"package": name, "sampler": sampler, "seconds": seconds} | numbers)
-        medians[-1]["first"] = first
     out = ROOT / "runs" / "compare_2d.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps({"data": args.data, "rows": rows, "medians": medians}, indent=1))

@@ -8,6 +8,7 @@ diffusers forms 1 - alpha_bar_t in float32, where it has a relative error of up 
 alpha_bar_t): 3e-4 at t = 2. The limit for each t is 1e-5 plus that. Exit code 1 if one is exceeded.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -70,8 +71,9 @@ def differences(name):
             yield f"DDIM step, eta {eta:g}", i + 1, relative(step, after), allowed(i + 1)
 
 
-def main():
+def main(argv=None):
     """Print the largest difference of each kind and where it is; 1 if a limit is exceeded."""
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args(argv)
     stand_in.install()
     failed = False
     print("| schedule | what | largest difference | at t | where t > 100 |\n|---|---|---|---|---|")

@@ -1,7 +1,10 @@
 """What holds for every script: layout, metadata, shared text, README."""
 
 import ast
+import importlib.util
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,6 +111,38 @@ def test_readme_shows_every_script_and_only_files_that_exist():
         assert picture.strip(), "a picture without alternative text"
 
 
+TINY = {
+    "ddpm_2d.py": "--steps 5 --T 21 --n 100 --batch-size 8",
+    "ddpm_swissroll_2015.py": "--steps 2 --T 5 --beta1 1e-3",
+    "ddpm_mnist.py": "--steps 1 --data data/mnist5k --n 10 --sample-steps 1 --test-images 0",
+}
+LOADED = "--data data/mnist5k --n 10 --sample-steps 2 --test-images 0"
+PLACES = {"NAME": "moons", "SEED": "3"}
+COMMANDS = re.findall(r"(?:^|`)python ((?:\w+/)?\w+\.py[^`#\n]*)", README, re.M)
+
+
+@pytest.mark.parametrize("command", sorted({command.strip() for command in COMMANDS}))
+def test_every_command_in_readme_runs(command, tmp_path, monkeypatch):
+    """Scripts with a tiny budget, benchmarks up to their --help, the mutants with none chosen."""
+    monkeypatch.chdir(ROOT)
+    name, *flags = [PLACES.get(word, word) for word in shlex.split(command)]
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [name, *flags, "none of these"])
+    spec.loader.exec_module(module)
+    if name in TINY:
+        tiny = shlex.split(LOADED if "--load" in flags else TINY[name])
+        metrics = module.main([*flags, *tiny, "--out", str(tmp_path)])
+        assert metrics["script"] == Path(name).stem
+    elif name.startswith("benchmarks/"):
+        with pytest.raises(SystemExit) as exit:
+            module.main([*flags, "--help"])
+        assert exit.value.code == 0
+    else:
+        assert module.main() == 0
+
+
 def test_nothing_names_the_machine_it_was_made_on():
     for path in [*SCRIPTS, ROOT / "README.md", *ROOT.glob("tests/*.py")]:
         if path.name != Path(__file__).name:
@@ -116,8 +151,8 @@ def test_nothing_names_the_machine_it_was_made_on():
 
 def test_derivations_name_only_functions_and_tests_that_exist():
     text = (ROOT / "docs" / "derivations.md").read_text()
-    files = {"2d": "ddpm_2d.py", "roll": "ddpm_swissroll_2015.py"}
-    for short, name in re.findall(r"`(2d|roll): ([\w.]+)`", text):
+    files = {"2d": "ddpm_2d.py", "roll": "ddpm_swissroll_2015.py", "mnist": "ddpm_mnist.py"}
+    for short, name in re.findall(r"`(2d|roll|mnist): ([\w.]+)`", text):
         source = (ROOT / files[short]).read_text()
         classes = re.findall(r"^class (\w+)", source, re.M)
         assert name in {*definitions(ROOT / files[short]), *classes}, name

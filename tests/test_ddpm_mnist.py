@@ -143,7 +143,7 @@ def unet(channels=1, **more):
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.05 * torch.randn_like(p))  # away from the zero-initialised output
-    return net.eval()
+    return net  # in training mode, as main leaves it: there is nothing to switch off
 
 
 @pytest.mark.parametrize(("channels", "height", "width"), [(1, 28, 28), (3, 32, 32), (1, 8, 12)])
@@ -178,6 +178,27 @@ def test_images_of_a_batch_do_not_see_each_other():
     torch.testing.assert_close(net(x[1:2], t[1:2], y[1:2]), out[1:2], rtol=1e-4, atol=1e-4)
 
 
+def test_skips_bring_the_features_of_every_size_to_the_way_up():
+    """What enters a block on the way up is what came from below plus what the way down had."""
+    net, seen = unet(), {}
+    blocks = {"deep": net.middle[1]} | {f"down{k}": net.down[k] for k in range(3)}
+    for name, block in (blocks | {f"up{k}": net.up[k] for k in range(3)}).items():
+        hook = lambda block, args, out, name=name: seen.update({name: (args[0], out)})
+        block.register_forward_hook(hook)
+    net(torch.randn(2, 1, 8, 12), torch.tensor([3, 40]))
+    larger = torch.nn.Upsample(scale_factor=2)
+    want = seen["deep"][1], larger(seen["up0"][1]), larger(seen["up1"][1])
+    for k, below in enumerate(want):
+        torch.testing.assert_close(seen[f"up{k}"][0], below + seen[f"down{2 - k}"][1])
+
+
+def test_time_embedding_covers_the_same_range_for_every_T():
+    freq = [UNet(Diffusion(T)).freq * T / 1000 for T in (50, 1000, 4000)]
+    torch.testing.assert_close(freq[0], freq[1])
+    torch.testing.assert_close(freq[2], freq[1])
+    assert freq[1].max() <= 1 and freq[1].min() * 1000 < math.pi  # no two t look the same
+
+
 def test_every_pixel_sees_the_whole_image():
     """Convolutions alone reach less far; attention at a quarter of the size does the rest."""
     x = torch.randn(1, 1, 64, 64, requires_grad=True)
@@ -197,7 +218,7 @@ def test_attention_mixes_positions_by_softmax_of_q_k():
 
 
 def test_every_parameter_learns():
-    net = unet().train()
+    net = unet()
     x, t = torch.randn(4, 1, 28, 28), torch.tensor([1, 10, 30, 50])
     loss = net(x, t, torch.tensor([0, 3, 10, 9])).square().mean()
     loss.backward()
@@ -462,11 +483,14 @@ def test_saved_samples_undo_the_scaling_of_the_data():
 
 def test_bits_per_dim_are_the_bound_in_bits_over_784_pixels(data, tmp_path, monkeypatch):
     """The label is given, and costs log 10 nats: -log p(x) <= -log p(x | y) - log p(y)."""
-    monkeypatch.setattr(Diffusion, "variational_bound", lambda self, *a, **k: torch.ones(22) * 3.0)
+    sums = iter(range(1000, 1800, 100))  # nats of the eight groups
+    bound = lambda self, *a, **k: torch.full((22,), next(sums) / 22)
+    monkeypatch.setattr(Diffusion, "variational_bound", bound)
     metrics = ddpm_mnist.main(["--data", str(data), *TINY, "--out", str(tmp_path)])
-    want = (66 + math.log(10)) / math.log(2) / 784
-    assert metrics["bits_per_dim"] == pytest.approx(want, rel=1e-5)
-    assert metrics["bits_per_dim_error"] == pytest.approx(0, abs=1e-6)
+    want = (np.arange(1000, 1800, 100) + math.log(10)) / math.log(2) / 784
+    assert metrics["bits_per_dim"] == pytest.approx(want.mean(), rel=1e-5)
+    error = want.std(ddof=1) / math.sqrt(8)  # of a mean of eight
+    assert metrics["bits_per_dim_error"] == pytest.approx(error, rel=1e-4)
 
 
 def test_bound_is_that_of_test_images_with_their_labels(data, tmp_path, monkeypatch):
@@ -505,6 +529,105 @@ def test_training_hides_a_tenth_of_the_labels_and_keeps_the_others(data, tmp_pat
     whole = ((images[:, 0] + 1) * 127.5).round().byte()
     for image, label, hide in zip(whole, labels, hidden, strict=True):
         assert hide or lookup[image.numpy().tobytes()] == label
+
+
+def test_training_spreads_t_from_1_to_T_and_weighs_the_error_in_v(data, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(self, model, x0, y=None, t=None, eps=None, gamma=0):
+        seen.append((t, gamma))
+        return sum(p.sum() for p in model.parameters()) * 0
+
+    monkeypatch.setattr(Diffusion, "p_losses", spy)
+    flags = ["--data", str(data), *TINY, "--steps", "40", "--batch-size", "100"]
+    ddpm_mnist.main([*flags, "--out", str(tmp_path), "--test-images", "0"])
+    for t, gamma in seen:
+        counts = torch.bincount(t, minlength=22)
+        assert gamma == 2 and counts[0] == 0 and len(counts) == 22
+        assert ((counts[1:] == 4) | (counts[1:] == 5)).all()  # 100 images over 21 steps
+    assert len({tuple(t.tolist()) for t, _ in seen}) > 5  # and not always the same ones
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Learning rates and weights at every step of the optimiser, as [(lr, state dict), ...]."""
+    nets, steps, make, step = [], [], ddpm_mnist.UNet, torch.optim.AdamW.step
+
+    def watch(self, *args, **more):
+        result = step(self, *args, **more)
+        state = {k: v.clone() for k, v in nets[0].state_dict().items()}
+        steps.append((self.param_groups[0]["lr"], state))
+        return result
+
+    monkeypatch.setattr(ddpm_mnist, "UNet", lambda *a, **k: nets.append(make(*a, **k)) or nets[-1])
+    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+    return steps
+
+
+def average(folder):
+    state = saved(folder)["ddpm_mnist"]["ema"]
+    return {k.removeprefix("module."): v for k, v in state.items() if k.startswith("module.")}
+
+
+def test_learning_rate_is_the_logged_one_and_rises_then_falls(data, tmp_path, watched):
+    flags = ["--data", str(data), *TINY, "--steps", "41", "--test-images", "0", "--lr", "1e-3"]
+    ddpm_mnist.main([*flags, "--out", str(tmp_path)])
+    rates = [lr for lr, _ in watched]
+    assert rates == [row[2] for row in saved(tmp_path)["ddpm_mnist"]["log"]]
+    top = int(np.argmax(rates))
+    assert top == 2 and 0.9e-3 < rates[top] <= 1e-3 and rates[-1] < 2e-5
+    assert all(a < b for a, b in zip(rates[:top], rates[1:], strict=False))
+    assert all(a > b for a, b in zip(rates[top:], rates[top + 1 :], strict=False))
+
+
+def test_average_starts_from_the_weights_after_the_first_step(data, tmp_path, watched):
+    flags = ["--data", str(data), *TINY, "--steps", "1", "--test-images", "0"]
+    ddpm_mnist.main([*flags, "--out", str(tmp_path)])
+    assert watched[0][1]["head.2.weight"].abs().max() > 0  # it was 0 before the step
+    assert same(average(tmp_path), watched[0][1])
+
+
+def test_average_of_the_weights_covers_a_twentieth_of_the_steps(data, tmp_path, watched):
+    """A weight that grows by 1 a step: the average is behind by n / 21 (Karras et al. 2024)."""
+    flags = ["--data", str(data), *TINY, "--steps", "8", "--test-images", "0"]
+    ddpm_mnist.main([*flags, "--out", str(tmp_path)])
+    want = watched[0][1]["head.2.weight"]
+    for n, (_, state) in enumerate(watched[1:], 1):
+        want = want * n / (20 + n) + state["head.2.weight"] * 20 / (20 + n)
+    torch.testing.assert_close(average(tmp_path)["head.2.weight"], want)
+    ramp = 0.0
+    for n in range(1, 10_000):
+        ramp = ramp * n / (20 + n) + n * 20 / (20 + n)
+    assert 9999 - ramp == pytest.approx(9999 / 21, rel=0.01)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_main_samples_as_asked(steps, data, tmp_path, monkeypatch):
+    """The loop that --sample-steps names gets noise, the labels in turn, and --guidance."""
+    calls = []
+
+    def fake(name):
+        def loop(self, model, xT, **more):
+            calls.append((name, xT, more))
+            yield from [xT.clamp(-1, 1)] * (more.get("steps", self.T) + 1)
+
+        return loop
+
+    for name in ("p_sample_loop", "ddim_sample_loop"):
+        monkeypatch.setattr(Diffusion, name, fake(name))
+    flags = ["--data", str(data), *TINY, "--n", "300", "--sample-steps", str(steps)]
+    flags += ["--guidance", "2.5", "--test-images", "0", "--out", str(tmp_path)]
+    ddpm_mnist.main(flags)
+    name = "ddim_sample_loop" if steps else "p_sample_loop"
+    assert [call[0] for call in calls] == [name, name]  # 300 images in two parts
+    assert all(more["guidance"] == 2.5 for _, _, more in calls)
+    assert all(more.get("steps", 0) == steps for _, _, more in calls)
+    labels = torch.cat([more["y"] for _, _, more in calls])
+    assert labels.tolist() == [k % 10 for k in range(300)]
+    assert np.load(tmp_path / "labels.npy").tolist() == labels.tolist()
+    xT = torch.cat([xT for _, xT, _ in calls])
+    assert xT.mean().abs() < 6 / math.sqrt(xT.numel())
+    assert (xT.var() - 1).abs() < 6 * math.sqrt(2 / xT.numel())
 
 
 def test_resume_equals_uninterrupted(data, tmp_path, monkeypatch):
@@ -660,6 +783,12 @@ def test_checkpoints_that_do_not_fit_are_refused(run, data, fails, tmp_path):
     for other in ([1, 2], {"config": ["8gaussians", 21, "cosine"], "log": [], "ema": {}}):
         torch.save(other, path)
         fails([*flags, "--load", path], f"--load {path}")
+    for flag, value in (("--T", 50), ("--schedule", "linear")):
+        fails([*flags, "--load", good, flag, value], flag, value, "was made with")
+    for flag, value in (("--batch-size", 9), ("--lr", 0.1), ("--seed", 5), ("--amp", "off")):
+        again = ["--out", run[1], "--resume", flag, value]
+        fails([*flags, *again], flag, value, "was made with")
+    assert good.read_bytes() == whole
 
 
 def test_folder_that_cannot_be_written_is_refused(data, fails, tmp_path):

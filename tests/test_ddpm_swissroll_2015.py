@@ -1,4 +1,8 @@
-"""The maths of ddpm_swissroll_2015.py against independent oracles, then the script as it is run."""
+"""The maths of ddpm_swissroll_2015.py against independent oracles, then the script as it is run.
+
+Statistical checks allow six standard errors: a false alarm has a chance below 1e-8 each, so below
+1e-6 a run, were there no seed. Means and variances come from 200,000 draws: 2 % would show.
+"""
 
 import json
 import math
@@ -149,7 +153,7 @@ def test_q_sample_equals_t_single_steps():
         x = (1 - s[0, t]).sqrt() * x + s[0, t].sqrt() * torch.randn(n, 2)
         direct = model.q_sample(x0, torch.tensor([t]), torch.randn(1, n, 2), s)[0]
         assert torch.allclose(x.mean(0), direct.mean(0), atol=6 / n**0.5)
-        assert torch.allclose(x.var(0), direct.var(0), atol=10 / n**0.5)
+        assert torch.allclose(x.var(0), direct.var(0), atol=8.5 / n**0.5)
 
 
 @few
@@ -319,7 +323,7 @@ def ideal_kl(model, n=400, diagonal=True):
     return torch.stack(terms)
 
 
-def test_forty_diagonal_steps_cannot_reach_the_bits_of_the_paper_but_full_ones_can():
+def test_forty_diagonal_steps_of_the_first_schedule_miss_the_bits_of_the_paper_full_ones_do_not():
     """At the schedule that training starts from; learning it gains little for either of them."""
     model = rbf()
     kl = {}
@@ -415,21 +419,21 @@ def test_each_step_has_its_own_readout_and_each_point_its_own_result(make):
 
 
 def test_the_sampler_takes_every_step_once_and_the_last_one_is_the_forward_kernel():
-    model, visited = shaken(rbf(T=12, beta1=0.04)), []
+    model, visited = shaken(rbf(T=12, beta1=0.3)), []
     reverse = model.reverse
     model.reverse = lambda x, t, s: visited.append(t.item()) or reverse(x, t, s)
-    states = list(model.sample(20_000, torch.Generator().manual_seed(0)))
+    states = list(model.sample(200_000, torch.Generator().manual_seed(0)))
     assert visited == list(range(12, 1, -1)) and len(states) == 13
-    assert all(x.shape == (20_000, 2) and x.isfinite().all() for x in states)
-    noise = states[-1] - (1 - 0.04) ** 0.5 * states[-2]
-    assert noise.var(0).tolist() == pytest.approx([0.04, 0.04], rel=0.05)
-    again = list(model.sample(20_000, torch.Generator().manual_seed(0)))
+    assert all(x.shape == (200_000, 2) and x.isfinite().all() for x in states)
+    noise = states[-1] - (1 - 0.3) ** 0.5 * states[-2]
+    assert noise.var(0).tolist() == pytest.approx([0.3, 0.3], rel=0.02)
+    again = list(model.sample(200_000, torch.Generator().manual_seed(0)))
     assert torch.equal(states[-1], again[-1])
 
 
 def test_samples_of_the_forward_kernel_are_standard_normal():
-    x = list(rbf(beta1=1e-3).sample(40_000))[-1]
-    assert x.mean(0).abs().max() < 0.03 and (x.T.cov() - torch.eye(2)).abs().max() < 0.04
+    x = list(rbf(beta1=1e-3).sample(200_000))[-1]
+    assert x.mean(0).abs().max() < 0.0135 and (x.T.cov() - torch.eye(2)).abs().max() < 0.02
 
 
 def test_one_step_of_the_sampler_has_the_moments_of_reverse():
@@ -442,7 +446,7 @@ def test_one_step_of_the_sampler_has_the_moments_of_reverse():
         model.readout[0, :, 4] = 1.5 * h / h.square().sum()  # c = 1.5 everywhere
         model.readout[0, :, 2] = -h / h.square().sum()
     g = torch.Generator().manual_seed(0)
-    states = list(model.sample(100_000, g))
+    states = list(model.sample(200_000, g))
     s, t = model.schedule().detach(), torch.tensor([2])
     mu, var, c = model.reverse(states[0][None], t, s)
     v1, v2, c = var[0, 0, 0].item(), var[0, 0, 1].item(), c[0, 0].item()
@@ -480,6 +484,11 @@ def test_a_short_training_raises_K_by_a_bit_and_a_half_and_stays_below_the_ceili
     assert metrics["ceiling_minus_null_bits"] == pytest.approx(6.695, abs=0.002)
     gap = metrics["ceiling_minus_null_bits"] - metrics["K_minus_null_bits"]
     assert metrics["gap_bits"] == pytest.approx(gap) and metrics["loss"] == -metrics["K_bits"]
+    assert 0.003 < metrics["K_error_bits"] < 0.03  # of 65,536 points
+    curve = m.roll_curve(torch.linspace(0, 1, 3000, dtype=torch.float64), 0.0)
+    samples = torch.from_numpy(np.load(finished[0] / "samples.npy")).double()
+    far = (torch.cdist(samples, curve).amin(1) > 0.1).double().mean().item()
+    assert metrics["off_curve"] == pytest.approx(far, abs=0.01)
 
 
 def test_the_run_leaves_all_its_files(finished):
@@ -512,6 +521,12 @@ def test_same_seed_same_numbers_and_mlp_and_noise_and_fixed_schedule_run(tmp_pat
     flags = ["--net", "mlp", "--noise", "0.1", "--fixed-schedule", "--T", "5", "--steps", "3"]
     runs = [m.main([*flags, "--seed", seed, "--out", str(tmp_path)]) for seed in ("1", "1")]
     assert runs[0]["K_bits"] == runs[1]["K_bits"]
+    other = ["--T", "5", "--steps", "3", "--beta1", "1e-3", "--out", str(tmp_path), "--seed"]
+    weights = []
+    for seed in ("1", "2"):
+        m.main([*other, seed])
+        weights.append(torch.load(tmp_path / "model.pt", weights_only=True)["model"]["readout"])
+    assert not torch.equal(*weights)  # the network of the paper starts alike for every seed
     assert runs[0]["parameters"] == 66 * 128 + 2 * 128 * 128 + 3 * 128 + 4 * 128 * 5 + 4
 
 
