@@ -239,7 +239,7 @@ def draw(rows, path):
     """Quality over seconds of training; each package with the sampler that ends best."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     last = max(r["seconds"] for r in rows)
     for color, name in zip(COLORS, PACKAGES):
         mine = [r for r in rows if r["package"] == name]
@@ -252,7 +252,7 @@ def draw(rows, path):
             ax.set(xscale="log", yscale="log", xlabel="seconds of training", title=key)
             ax.set_xticks(x, [f"{k:g}" for k in x])
             ax.minorticks_off()
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
 
 

@@ -77,7 +77,7 @@ def smalldiffusion(x, y, seconds, *_):
     schedule = ScheduleLogLinear(sigma_min=0.01, sigma_max=20, N=800)
     more = {"ch": 64, "ch_mult": (1, 1, 2), "attn_resolutions": (14,)}
     net = Scaled(Unet)(28, 1, 1, cond_embed=CondEmbedderLabel(256, 10), **more)
-    average, steps = copy.deepcopy(net), 0
+    average, steps = copy.deepcopy(net).requires_grad_(False), 0
     optimizer = torch.optim.AdamW(net.parameters(), 7e-4)
     for _ in clock(seconds):
         pick = torch.randint(len(x), (32,))

@@ -10,6 +10,7 @@ network; and what torchrun makes of one and of two processes on this machine.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -73,15 +74,17 @@ def width_speed(width):
 def whole_run(folder, *flags):
     """Seconds and peak memory in megabytes of one run of ddpm_2d.py as a program."""
     command = [sys.executable, ROOT / "ddpm_2d.py", "--steps", "50", "--out", folder, *flags]
-    start = time.perf_counter()
+    start, peak = time.perf_counter(), 0
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    while process.poll() is None:  # ru_maxrss would count the memory of this process, too
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak = max([peak, *map(int, re.findall(r"VmHWM:\s*(\d+)", status))])
+        time.sleep(0.02)
     if process.returncode:
         sys.exit(f"{command} failed")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    return time.perf_counter() - start, peak / 1024
 
 
 def torchrun_speed(folder, data, processes):

@@ -738,14 +738,19 @@ def test_two_processes_share_weights_but_not_data_and_write_once(data, tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", "0", "--standalone", "--", "driver.py", *TINY, "--data", data]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, **pipes)
+    try:
+        stdout, stderr = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends its two processes, which kill() would not
+        process.communicate(timeout=60)
+        raise
+    assert process.returncode == 0, stderr
     (a, seen_a, t_a), (b, seen_b, t_b) = (torch.load(tmp_path / f"rank{k}.pt") for k in (0, 1))
     assert same(a, b) and not torch.equal(t_a, t_b)  # equal weights, different noise
     assert set(names(tmp_path / "runs" / "ddpm_mnist")) == FILES
-    assert done.stdout.count("bits_per_dim_error") == 1  # one process reports
+    assert stdout.count("bits_per_dim_error") == 1  # one process reports
     images = [{x.numpy().tobytes() for x in seen} for seen in (seen_a, seen_b)]
     assert not images[0] & images[1]  # each has its own part of the data
 
