@@ -1,6 +1,7 @@
 """What holds for every script: layout, metadata, shared text, README."""
 
 import ast
+import functools
 import importlib.util
 import re
 import shlex
@@ -76,6 +77,7 @@ def test_inline_metadata_agrees_with_requirements(script):
         assert version(pins()[name]) >= version(lowest), name
 
 
+@functools.cache
 def definitions(path):
     """Source of the top-level functions and of the methods, by qualified name."""
     source, found = path.read_text(), {}

@@ -477,7 +477,7 @@ def test_prior_term_has_the_size_given_in_the_paper():
 def test_bound_of_the_ideal_model_lies_a_little_above_the_exact_entropy(name):
     data, _, _ = load_data(name)
     torch.manual_seed(0)
-    x0, diffusion = data.sample(400)[0], Diffusion(1000)
+    x0, diffusion = data.sample(200)[0], Diffusion(1000)
     bound = diffusion.variational_bound(partial(data.ideal_eps, diffusion), x0).sum()
     gap = (bound + data.log_prob(x0).mean()).item()  # against the very same points
     assert 0.2 < gap < 1.2
@@ -796,7 +796,7 @@ def test_samples_of_the_exact_model_get_perfect_scores(tmp_path, monkeypatch):
             return data.ideal_eps(self.diffusion, xt, t, y) + 0 * self.out.weight.sum()
 
     monkeypatch.setattr(ddpm_2d, "NoisePredictor", Exact)
-    flags = ["--data", "moons", "--T", "100", "--steps", "1", "--n", "1000", "--out", str(tmp_path)]
+    flags = ["--data", "moons", "--T", "50", "--steps", "1", "--n", "1000", "--out", str(tmp_path)]
     metrics = ddpm_2d.main(flags)
     assert abs(metrics["excess_loss"]) < 1e-4
     assert metrics["bound_nats"] == pytest.approx(metrics["ideal_bound_nats"], abs=1e-3)
@@ -824,7 +824,7 @@ def test_samples_of_a_useless_model_get_bad_scores(tmp_path, monkeypatch):
 
 def test_short_training_gets_close_to_the_best_possible_loss(tmp_path):
     flags = ["--steps", "400", "--batch-size", "512", "--T", "100", "--out", str(tmp_path)]
-    flags += ["--n", "2000"]
+    flags += ["--n", "1000"]
     metrics = ddpm_2d.main(flags)
     assert 0 < metrics["excess_loss"] < 0.4
     assert metrics["bound_nats"] - metrics["ideal_bound_nats"] < 1
@@ -838,8 +838,8 @@ def test_own_points_come_back_in_their_own_units(kind, tmp_path):
     rows = np.column_stack([points, np.arange(300) % 3]) if kind == "labels" else points
     path = tmp_path / f"points.{'npy' if kind == 'npy' else 'csv'}"
     np.save(path, rows) if kind == "npy" else np.savetxt(path, rows, delimiter=",")
-    flags = ["--data", str(path), "--out", str(tmp_path / "out"), "--T", "50", "--steps", "200"]
-    flags += ["--n", "1000"]
+    flags = ["--data", str(path), "--out", str(tmp_path / "out"), "--T", "30", "--steps", "150"]
+    flags += ["--n", "500"]
     metrics = ddpm_2d.main([*flags, "--batch-size", "128"])
     samples = np.load(tmp_path / "out" / "samples.npy")
     np.testing.assert_allclose(samples.mean(0), [500, -3], atol=30, rtol=0.01)

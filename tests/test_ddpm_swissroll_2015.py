@@ -462,7 +462,7 @@ def test_one_step_of_the_sampler_has_the_moments_of_reverse():
 
 def run(folder, *flags, **kwargs):
     command = [sys.executable, "-W", "error::UserWarning", str(SCRIPT), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, **kwargs
     )
