@@ -26,10 +26,11 @@ def main(argv=None):
     axes[0].scatter(*points[:8000].T, s=1, lw=0, c=COLORS[labels[:8000] % len(COLORS)])
     axes[1].scatter(*roll[:8000].T, s=1, lw=0, c=COLORS[0])
     axes[2].imshow(digits[:100].reshape(10, 10, 28, 28).swapaxes(1, 2).reshape(280, 280), "gray_r")
-    titles = ("2-D points", "the model of 2015", "MNIST")
-    for ax, script, title in zip(axes, args.runs, titles, strict=True):
-        ax.set(title=f"{script.name}.py: {title}", xticks=[], yticks=[])
-        ax.set_aspect("equal")
+    for ax in axes[:2]:
+        ax.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4))
+    titles = ("2-D points, 2020", "swiss roll, 2015", "MNIST")
+    for ax, title in zip(axes, titles, strict=True):
+        ax.set(title=title, xticks=[], yticks=[], box_aspect=1)
     figure.savefig(args.picture, dpi=120)
 
 
