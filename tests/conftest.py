@@ -3,6 +3,7 @@
 import importlib
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import settings
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+# a shell starts what it puts in the background with Ctrl-C ignored; our tests press it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", 2)))
 
 

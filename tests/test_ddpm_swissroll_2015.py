@@ -609,7 +609,7 @@ def test_ctrl_c_keeps_what_was_trained_and_still_draws(tmp_path, monkeypatch, ca
         return bound(self, x0, eps)
 
     monkeypatch.setattr(m.DiffusionModel, "bound", interrupted)
-    flags = ["--steps", "1000000", "--T", "5", "--beta1", "1e-3", "--out", str(tmp_path)]
+    flags = ["--steps", "200", "--T", "5", "--beta1", "1e-3", "--out", str(tmp_path)]
     metrics = m.main(flags)
     assert metrics["steps"] == 7 and "stopped after step 7" in capsys.readouterr().out
     assert json.loads((tmp_path / "metrics.json").read_text())["steps"] == 7
