@@ -39,6 +39,24 @@ def quick_pictures(monkeypatch):
 
 
 @pytest.fixture
+def ctrl_c(monkeypatch):
+    """ctrl_c(owner, name, n): the n-th call of that method begins with a press of Ctrl-C."""
+
+    def arm(owner, name, n):
+        method, calls = getattr(owner, name), []
+
+        def interrupted(*args, **more):
+            calls.append(1)
+            if len(calls) == n:
+                signal.raise_signal(signal.SIGINT)
+            return method(*args, **more)
+
+        monkeypatch.setattr(owner, name, interrupted)
+
+    return arm
+
+
+@pytest.fixture
 def fails(request, capsys):
     """Check that main of the script under test exits with 2 and one line that holds all words."""
     main = importlib.import_module(request.module.__name__.removeprefix("test_")).main

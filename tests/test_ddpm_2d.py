@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 from functools import partial
@@ -940,16 +939,8 @@ def start(folder, *flags):
     return process
 
 
-def test_ctrl_c_keeps_what_was_trained_and_still_draws(tmp_path, monkeypatch, capsys):
-    losses, calls = Diffusion.p_losses, []
-
-    def interrupted(self, *args, **more):
-        calls.append(1)
-        if len(calls) == 31:
-            signal.raise_signal(signal.SIGINT)
-        return losses(self, *args, **more)
-
-    monkeypatch.setattr(Diffusion, "p_losses", interrupted)
+def test_ctrl_c_keeps_what_was_trained_and_still_draws(tmp_path, ctrl_c, capsys):
+    ctrl_c(Diffusion, "p_losses", 31)
     metrics = ddpm_2d.main([*TINY, "--steps", "200", "--out", str(tmp_path)])
     assert metrics["steps"] == 30 and "going on with what was learned" in capsys.readouterr().out
     assert json.loads((tmp_path / "metrics.json").read_text())["steps"] == 30

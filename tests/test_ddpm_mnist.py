@@ -11,7 +11,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -511,17 +510,24 @@ def test_bound_is_that_of_test_images_with_their_labels(data, tmp_path, monkeypa
         )
 
 
-def test_training_hides_a_tenth_of_the_labels_and_keeps_the_others(data, tmp_path, monkeypatch):
-    seen, x, y = [], *load_mnist(data)[:2]
+@pytest.fixture
+def trained_on(data, tmp_path, monkeypatch):
+    """What p_losses gets in 40 steps of 100 images: a list of (x0, y, t, gamma)."""
+    seen = []
 
     def spy(self, model, x0, y=None, t=None, eps=None, gamma=0):
-        seen.append((x0, y))
+        seen.append((x0, y, t, gamma))
         return sum(p.sum() for p in model.parameters()) * 0
 
     monkeypatch.setattr(Diffusion, "p_losses", spy)
     flags = ["--data", str(data), *TINY, "--steps", "40", "--batch-size", "100"]
     ddpm_mnist.main([*flags, "--out", str(tmp_path), "--test-images", "0"])
-    images, labels = (torch.cat(part) for part in zip(*seen, strict=True))
+    return seen
+
+
+def test_training_hides_a_tenth_of_the_labels_and_keeps_the_others(data, trained_on):
+    x, y, *_ = load_mnist(data)
+    images, labels = (torch.cat(part) for part in list(zip(*trained_on, strict=True))[:2])
     hidden = labels == 10
     assert abs(hidden.float().mean() - 0.1) < 6 * math.sqrt(0.09 / 4000)
     assert images.min() >= -1 and images.max() <= 1 and images.shape == (4000, 1, 28, 28)
@@ -531,21 +537,12 @@ def test_training_hides_a_tenth_of_the_labels_and_keeps_the_others(data, tmp_pat
         assert hide or lookup[image.numpy().tobytes()] == label
 
 
-def test_training_spreads_t_from_1_to_T_and_weighs_the_error_in_v(data, tmp_path, monkeypatch):
-    seen = []
-
-    def spy(self, model, x0, y=None, t=None, eps=None, gamma=0):
-        seen.append((t, gamma))
-        return sum(p.sum() for p in model.parameters()) * 0
-
-    monkeypatch.setattr(Diffusion, "p_losses", spy)
-    flags = ["--data", str(data), *TINY, "--steps", "12", "--batch-size", "100"]
-    ddpm_mnist.main([*flags, "--out", str(tmp_path), "--test-images", "0"])
-    for t, gamma in seen:
+def test_training_spreads_t_from_1_to_T_and_weighs_the_error_in_v(trained_on):
+    for _, _, t, gamma in trained_on:
         counts = torch.bincount(t, minlength=22)
         assert gamma == 2 and counts[0] == 0 and len(counts) == 22
         assert ((counts[1:] == 4) | (counts[1:] == 5)).all()  # 100 images over 21 steps
-    assert len({tuple(t.tolist()) for t, _ in seen}) > 5  # and not always the same ones
+    assert len({tuple(t.tolist()) for _, _, t, _ in trained_on}) > 5  # and not always the same ones
 
 
 @pytest.fixture
@@ -630,23 +627,15 @@ def test_main_samples_as_asked(steps, data, tmp_path, monkeypatch):
     assert (xT.var() - 1).abs() < 6 * math.sqrt(2 / xT.numel())
 
 
-def test_resume_equals_uninterrupted(data, tmp_path, monkeypatch):
+def test_resume_equals_uninterrupted(data, tmp_path, ctrl_c):
     flags = ["--data", str(data), *TINY, "--steps", "6", "--test-images", "0", "--save-every", "1"]
     ddpm_mnist.main([*flags, "--out", str(tmp_path / "whole")])
-    losses, calls = Diffusion.p_losses, []
-
-    def stop(self, *args, **more):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return losses(self, *args, **more)
-
-    monkeypatch.setattr(Diffusion, "p_losses", stop)
+    ctrl_c(Diffusion, "p_losses", 4)
     ddpm_mnist.main([*flags, "--out", str(tmp_path / "parts")])
-    monkeypatch.setattr(Diffusion, "p_losses", losses)
+    assert len(saved(tmp_path / "parts")["ddpm_mnist"]["log"]) == 3
     ddpm_mnist.main([*flags, "--out", str(tmp_path / "parts"), "--resume"])
     whole, parts = (saved(tmp_path / name)["ddpm_mnist"] for name in ("whole", "parts"))
-    assert len(calls) == 4 and len(parts["log"]) == 6
+    assert len(parts["log"]) == 6
     assert same(
         {k: v for k, v in whole.items() if k != "log"}, {k: parts[k] for k in whole if k != "log"}
     )
@@ -675,16 +664,8 @@ def start(folder, data, *flags):
     return process
 
 
-def test_ctrl_c_keeps_what_was_trained_and_still_samples(data, tmp_path, monkeypatch, capsys):
-    losses, calls = Diffusion.p_losses, []
-
-    def interrupted(self, *args, **more):
-        calls.append(1)
-        if len(calls) == 4:
-            signal.raise_signal(signal.SIGINT)
-        return losses(self, *args, **more)
-
-    monkeypatch.setattr(Diffusion, "p_losses", interrupted)
+def test_ctrl_c_keeps_what_was_trained_and_still_samples(data, tmp_path, ctrl_c, capsys):
+    ctrl_c(Diffusion, "p_losses", 4)
     flags = [*TINY, "--data", str(data), "--steps", "200", "--out", str(tmp_path)]
     metrics = ddpm_mnist.main(flags)
     assert metrics["steps"] == 3 and "going on with what was learned" in capsys.readouterr().out

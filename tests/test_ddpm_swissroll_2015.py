@@ -7,7 +7,6 @@ Statistical checks allow six standard errors: a false alarm has a chance below 1
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -599,16 +598,8 @@ def test_a_loss_that_is_not_finite_stops_with_advice_and_keeps_the_last_checkpoi
     assert (tmp_path / "model.pt").read_bytes() == before
 
 
-def test_ctrl_c_keeps_what_was_trained_and_still_draws(tmp_path, monkeypatch, capsys):
-    bound, calls = m.DiffusionModel.bound, []
-
-    def interrupted(self, x0, eps):
-        calls.append(1)
-        if len(calls) == 8:
-            signal.raise_signal(signal.SIGINT)
-        return bound(self, x0, eps)
-
-    monkeypatch.setattr(m.DiffusionModel, "bound", interrupted)
+def test_ctrl_c_keeps_what_was_trained_and_still_draws(tmp_path, ctrl_c, capsys):
+    ctrl_c(m.DiffusionModel, "bound", 8)
     flags = ["--steps", "200", "--T", "5", "--beta1", "1e-3", "--out", str(tmp_path)]
     metrics = m.main(flags)
     assert metrics["steps"] == 7 and "stopped after step 7" in capsys.readouterr().out
