@@ -221,7 +221,7 @@ def draw(args, model, log, kl, ceiling, states):
     terms = figure.add_subplot(133, title="KL terms of Eq. (14) [bits]", xlabel="t")
     terms.bar(range(2, args.T + 1), kl.tolist())
     save(args.out / "training.png", figure.savefig)
-    figure, axis = plt.subplots(figsize=(4, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(4, 4))
     move = _scatter(axis, states[0], "x_T, ..., x_0").set_offsets
     film = FuncAnimation(figure, move, states + [states[-1]] * 15, init_func=list)
     save(args.out / "sampling.gif", lambda path: film.save(path, PillowWriter(fps=12)))

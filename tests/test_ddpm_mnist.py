@@ -718,7 +718,7 @@ def test_two_processes_share_weights_but_not_data_and_write_once(data, tmp_path)
     (tmp_path / "driver.py").write_text(DRIVER.format(root=str(SCRIPT.parent)))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", "0", "--standalone", "--", "driver.py", *TINY, "--data", data]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=tmp_path, env=env, **pipes)
     try:
