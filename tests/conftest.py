@@ -20,8 +20,12 @@ torch.set_num_threads(int(os.environ.get("TEST_THREADS", 2)))
 def pytest_collection_modifyitems(items):
     """TEST_ORDER=reverse, or a seed for a random order: no test may need another one."""
     order = os.environ.get("TEST_ORDER")
-    if order == "reverse":
+    program = ("run", "finished", "kill", "processes")  # in tests that wait for a whole program
+    if order == "reverse":  # of those that do not, then the others
         items.reverse()
+        items.sort(
+            key=lambda k: any(word in (*k.fixturenames, *k.name.split("_")) for word in program)
+        )
     elif order:
         random.Random(order).shuffle(items)
 
