@@ -220,18 +220,19 @@ def one_run(name, data_name, seconds, seed, n=10_000):
     return rows
 
 
-def code_lines(name):
-    """Lines that are not blank in the files that a reader of this method has to know."""
-    if name == "ours":
-        return sum(1 for k in (ROOT / "ddpm_2d.py").read_text().splitlines() if k.strip())
+FILES = {  # what a reader of this method has to know
+    "ours": ["ddpm_2d.py"],
+    "smalldiffusion": ["diffusion.py", "model.py"],
+    "denoising_diffusion_pytorch": ["denoising_diffusion_pytorch_1d.py"],
+    "diffusers": ["schedulers/scheduling_ddpm.py", "schedulers/scheduling_ddim.py"],
+}
+
+
+def code_lines(package, files):
+    """Lines of these files of a package, or of this project, that are not blank."""
     stand_in.install()
-    package = Path(__import__(name).__file__).parent
-    files = {
-        "smalldiffusion": ["diffusion.py", "model.py"],
-        "denoising_diffusion_pytorch": ["denoising_diffusion_pytorch_1d.py"],
-        "diffusers": ["schedulers/scheduling_ddpm.py", "schedulers/scheduling_ddim.py"],
-    }[name]
-    text = "\n".join((package / file).read_text() for file in files)
+    root = ROOT if package == "ours" else Path(__import__(package).__file__).parent
+    text = "\n".join((root / file).read_text() for file in files)
     return sum(1 for line in text.splitlines() if line.strip())
 
 
@@ -293,10 +294,11 @@ def main(argv=None):
     print("|---|---|---|---|---|---|---|---|")
     for r in medians:
         if r["seconds"] == max(args.seconds):
+            lines = code_lines(r["package"], FILES[r["package"]])
             print(
                 f"| {r['package'].replace('_', '-')} | {r['sampler']} | {r['swd_ratio']:.2f} "
                 f"| {r['off_support']:.2%} | {r['microseconds_per_sample']:.0f} us "
-                f"| {r['steps']:.0f} | {r['train_megabytes']:.0f} MB | {code_lines(r['package'])} |"
+                f"| {r['steps']:.0f} | {r['train_megabytes']:.0f} MB | {lines} |"
             )
 
 

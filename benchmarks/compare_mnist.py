@@ -18,6 +18,7 @@ import contextlib
 import copy
 import io
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import stand_in  # noqa: E402
 from classifier_mnist import Classifier, judge  # noqa: E402
-from compare_2d import clock  # noqa: E402
+from compare_2d import clock, code_lines  # noqa: E402
 
 from ddpm_mnist import Diffusion, UNet, load_mnist  # noqa: E402
 from ddpm_mnist import main as train_ours  # noqa: E402
@@ -180,6 +181,13 @@ def diffusers(x, y, seconds, *_):
     return net, steps, {"DDIM, 50 steps": sample}
 
 
+FILES = {  # what a reader of this method has to know
+    "ours": ["ddpm_mnist.py"],
+    "smalldiffusion": ["diffusion.py", "model.py", "model_unet.py"],
+    "denoising_diffusion_pytorch": ["classifier_free_guidance.py"],
+    "diffusers": [f"schedulers/scheduling_{k}.py" for k in ("ddpm", "ddim")]
+    + ["models/unets/unet_2d.py"],
+}
 PACKAGES = {f.__name__: f for f in (ours, smalldiffusion, denoising_diffusion_pytorch, diffusers)}
 
 
@@ -194,6 +202,7 @@ def one_run(name, seconds, seed, n, data, classifier):
     folder = ROOT / "runs" / f"compare_mnist_{seed}"
     with contextlib.redirect_stdout(io.StringIO()):
         net, steps, samplers = PACKAGES[name](x, y, seconds, seed, folder, data)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     saved, rows = torch.load(classifier, weights_only=True), []
     model = Classifier()
     model.load_state_dict(saved["classifier"])
@@ -207,7 +216,7 @@ def one_run(name, seconds, seed, n, data, classifier):
         verdict = judge(model.eval(), pixels, labels, saved["real"].double())
         row = {"package": name, "sampler": sampler, "seed": seed, "seconds": seconds}
         row |= {"steps": steps, "parameters": sum(p.numel() for p in net.parameters())}
-        row |= {"milliseconds_per_sample": cost}
+        row |= {"milliseconds_per_sample": cost, "train_megabytes": memory}
         rows.append(row | {k: verdict[k] for k in ("recognised", "frechet_ratio")})
     return rows
 
@@ -240,8 +249,9 @@ def main(argv=None):
     print(
         f"medians of {args.seeds} seeds, {args.minutes:g} minutes of training, {args.n} samples\n"
     )
-    print("| package | parameters | steps | recognised | Frechet | sampler | a sample |")
-    print("|---|---|---|---|---|---|---|")
+    heads = "package, parameters, steps, recognised, Frechet, sampler, a sample, memory, lines"
+    print(f"| {heads.replace(', ', ' | ')} |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in PACKAGES:
         group = [row for row in rows if row["package"] == name]
         spread = statistics.stdev(r["recognised"] for r in group) if len(group) > 1 else 0
@@ -249,7 +259,8 @@ def main(argv=None):
         print(
             f"| {name.replace('_', '-')} | {m['parameters'] / 1e6:.2f} M | {m['steps']:.0f} "
             f"| {m['recognised']:.1%} +- {spread:.1%} | {m['frechet_ratio']:.1f} "
-            f"| {group[0]['sampler']} | {m['milliseconds_per_sample']:.0f} ms |"
+            f"| {group[0]['sampler']} | {m['milliseconds_per_sample']:.0f} ms "
+            f"| {m['train_megabytes']:.0f} MB | {code_lines(name, FILES[name])} |"
         )
 
 
