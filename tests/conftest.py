@@ -5,6 +5,7 @@ import os
 import random
 import signal
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -18,14 +19,16 @@ torch.set_num_threads(int(os.environ.get("TEST_THREADS", 2)))
 
 
 def pytest_collection_modifyitems(items):
-    """TEST_ORDER=reverse, or a seed for a random order: no test may need another one."""
-    order = os.environ.get("TEST_ORDER")
-    program = ("run", "finished", "kill", "processes")  # in tests that wait for a whole program
-    if order == "reverse":  # of those that do not, then the others
+    """TEST_ORDER=reverse, or a seed for a random order: no test may need another one. After a run
+    with --junitxml=FILE.xml, TEST_ORDER=FILE.xml takes the quickest first, for mutants.py."""
+    order = os.environ.get("TEST_ORDER", "")
+    if order.endswith(".xml"):
+        cases = ElementTree.parse(order).iter("testcase")
+        seconds = {case.get("name"): float(case.get("time")) for case in cases}
+        waits = lambda item: bool({"run", "finished"} & {*item.fixturenames})  # for a whole program
+        items.sort(key=lambda item: (waits(item), seconds[item.name]))
+    elif order == "reverse":
         items.reverse()
-        items.sort(
-            key=lambda k: any(word in (*k.fixturenames, *k.name.split("_")) for word in program)
-        )
     elif order:
         random.Random(order).shuffle(items)
 
