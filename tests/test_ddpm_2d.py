@@ -685,7 +685,7 @@ KEYS = {
 TRUTH = {"ideal_bound_nats", "entropy_nats", "excess_loss", "off_support"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """One small run in a subprocess, from an empty folder, with the default --out."""
     folder = tmp_path_factory.mktemp("run")

@@ -62,7 +62,7 @@ def write(folder, arrays, packed=True):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data(tmp_path_factory):
     return write(tmp_path_factory.mktemp("data"), digits())
 
@@ -427,7 +427,7 @@ KEYS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run(data, tmp_path_factory):
     """One small run in a subprocess, from an empty folder, with the default --out."""
     folder = tmp_path_factory.mktemp("run")

@@ -467,7 +467,7 @@ def run(folder, *flags, **kwargs):
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A run from an empty folder with no flag but the budget."""
     folder = tmp_path_factory.mktemp("empty")
