@@ -32,7 +32,7 @@ SCRIPT = Path(ddpm_mnist.__file__)
 SMALL = SCRIPT.parent / "data" / "mnist5k"
 NAMES = [f"{a}-{b}" for a in ("train", "t10k") for b in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 TINY = ["--steps", "2", "--batch-size", "8", "--T", "21", "--n", "10", "--sample-steps", "3"]
-TINY += ["--test-images", "16"]
+TINY += ["--test-images", "8"]
 
 
 def idx(array):
@@ -437,6 +437,12 @@ def run(data, tmp_path_factory):
     return folder, folder / "runs" / "ddpm_mnist", done
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """The network of main with a quarter of the width, for tests that it does not matter to."""
+    monkeypatch.setattr(UNet.__init__, "__defaults__", (1, 10, (8, 16, 32)))
+
+
 def saved(folder):
     return torch.load(folder / "model.pt", weights_only=True)
 
@@ -463,7 +469,7 @@ def test_script_leaves_every_file_and_key(run):
     assert (out / "log.csv").read_text().startswith("step,loss,lr,seconds\n")
 
 
-def test_same_seed_gives_the_same_numbers_and_another_seed_others(data, tmp_path):
+def test_same_seed_gives_the_same_numbers_and_another_seed_others(data, small, tmp_path):
     flags = ["--data", str(data), *TINY, "--amp", "off", "--test-images", "8"]
     a, b = (ddpm_mnist.main([*flags, "--out", str(tmp_path / k)]) for k in "ab")
     more = ["--out", str(tmp_path / "c"), "--seed", "1", "--test-images", "0"]
@@ -480,7 +486,7 @@ def test_saved_samples_undo_the_scaling_of_the_data():
     assert ddpm_mnist.to_bytes(extremes).tolist() == [[[0, 255]]]
 
 
-def test_bits_per_dim_are_the_bound_in_bits_over_784_pixels(data, tmp_path, monkeypatch):
+def test_bits_per_dim_are_the_bound_in_bits_over_784_pixels(data, small, tmp_path, monkeypatch):
     """The label is given, and costs log 10 nats: -log p(x) <= -log p(x | y) - log p(y)."""
     sums = iter(range(1000, 1800, 100))  # nats of the eight groups
     bound = lambda self, *a, **k: torch.full((22,), next(sums) / 22)
@@ -492,7 +498,7 @@ def test_bits_per_dim_are_the_bound_in_bits_over_784_pixels(data, tmp_path, monk
     assert metrics["bits_per_dim_error"] == pytest.approx(error, rel=1e-4)
 
 
-def test_bound_is_that_of_test_images_with_their_labels(data, tmp_path, monkeypatch):
+def test_bound_is_that_of_test_images_with_their_labels(data, small, tmp_path, monkeypatch):
     seen = []
 
     def spy(self, model, x0, y=None, generator=None):
@@ -503,7 +509,7 @@ def test_bound_is_that_of_test_images_with_their_labels(data, tmp_path, monkeypa
     ddpm_mnist.main(["--data", str(data), *TINY, "--out", str(tmp_path)])
     images, labels = (torch.cat(part) for part in zip(*seen, strict=True))
     _, _, test_x, test_y, *_ = load_mnist(data)
-    assert len(images) == 16
+    assert len(images) == 8
     for image, label in zip(((images[:, 0] + 1) * 127.5).round().byte(), labels, strict=True):
         assert any(
             torch.equal(image, x) and label == y for x, y in zip(test_x, test_y, strict=True)
@@ -511,7 +517,7 @@ def test_bound_is_that_of_test_images_with_their_labels(data, tmp_path, monkeypa
 
 
 @pytest.fixture
-def trained_on(data, tmp_path, monkeypatch):
+def trained_on(data, small, tmp_path, monkeypatch):
     """What p_losses gets in 40 steps of 100 images: a list of (x0, y, t, gamma)."""
     seen = []
 
@@ -546,7 +552,7 @@ def test_training_spreads_t_from_1_to_T_and_weighs_the_error_in_v(trained_on):
 
 
 @pytest.fixture
-def watched(monkeypatch):
+def watched(small, monkeypatch):
     """Learning rates and weights at every step of the optimiser, as [(lr, state dict), ...]."""
     nets, steps, make, step = [], [], ddpm_mnist.UNet, torch.optim.AdamW.step
 
@@ -599,7 +605,7 @@ def test_average_of_the_weights_covers_a_twentieth_of_the_steps(data, tmp_path, 
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-def test_main_samples_as_asked(steps, data, tmp_path, monkeypatch):
+def test_main_samples_as_asked(steps, data, small, tmp_path, monkeypatch):
     """The loop that --sample-steps names gets noise, the labels in turn, and --guidance."""
     calls = []
 
@@ -627,7 +633,7 @@ def test_main_samples_as_asked(steps, data, tmp_path, monkeypatch):
     assert (xT.var() - 1).abs() < 6 * math.sqrt(2 / xT.numel())
 
 
-def test_resume_equals_uninterrupted(data, tmp_path, ctrl_c):
+def test_resume_equals_uninterrupted(data, small, tmp_path, ctrl_c):
     flags = ["--data", str(data), *TINY, "--steps", "6", "--test-images", "0", "--save-every", "1"]
     ddpm_mnist.main([*flags, "--out", str(tmp_path / "whole")])
     ctrl_c(Diffusion, "p_losses", 4)
@@ -664,7 +670,7 @@ def start(folder, data, *flags):
     return process
 
 
-def test_ctrl_c_keeps_what_was_trained_and_still_samples(data, tmp_path, ctrl_c, capsys):
+def test_ctrl_c_keeps_what_was_trained_and_still_samples(data, small, tmp_path, ctrl_c, capsys):
     ctrl_c(Diffusion, "p_losses", 4)
     flags = [*TINY, "--data", str(data), "--steps", "200", "--out", str(tmp_path)]
     metrics = ddpm_mnist.main(flags)
