@@ -476,7 +476,7 @@ def test_prior_term_has_the_size_given_in_the_paper():
 def test_bound_of_the_ideal_model_lies_a_little_above_the_exact_entropy(name):
     data, _, _ = load_data(name)
     torch.manual_seed(0)
-    x0, diffusion = data.sample(200)[0], Diffusion(1000)
+    x0, diffusion = data.sample(100)[0], Diffusion(1000)
     bound = diffusion.variational_bound(partial(data.ideal_eps, diffusion), x0).sum()
     gap = (bound + data.log_prob(x0).mean()).item()  # against the very same points
     assert 0.2 < gap < 1.2
