@@ -4,18 +4,35 @@ import importlib
 import os
 import random
 import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from hypothesis import settings
+from hypothesis.configuration import set_hypothesis_home_dir
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # a shell starts what it puts in the background with Ctrl-C ignored; our tests press it
 signal.signal(signal.SIGINT, signal.default_int_handler)
+caches = tempfile.TemporaryDirectory()  # of hypothesis and torch
+set_hypothesis_home_dir(caches.name)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches.name
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", 2)))
+
+
+def pytest_unconfigure():
+    caches.cleanup()
+
+
+def waits(item):
+    """Whether a test needs a run of its script as a program."""
+    return "run" in item.fixturenames
 
 
 def pytest_collection_modifyitems(items):
@@ -25,12 +42,39 @@ def pytest_collection_modifyitems(items):
     if order.endswith(".xml"):
         cases = ElementTree.parse(order).iter("testcase")
         seconds = {case.get("name"): float(case.get("time")) for case in cases}
-        waits = lambda item: bool({"run", "finished"} & {*item.fixturenames})  # for a whole program
         items.sort(key=lambda item: (waits(item), seconds[item.name]))
     elif order == "reverse":
         items.reverse()
     elif order:
         random.Random(order).shuffle(items)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def program(request, tmp_path_factory):
+    """program(module): its script as a user runs it, once, from an empty folder: that folder and
+    what subprocess.run returns. All are started with the session, one after another, and run beside
+    the tests; where the quickest tests come first they wait until they are asked for."""
+    runs = {}
+
+    def start(module):
+        if module not in runs:
+            folder, command = tmp_path_factory.mktemp("program"), [sys.executable, *module.PROGRAM]
+            more = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True}
+            job = pool.submit(subprocess.run, command, cwd=folder, text=True, **more)
+            runs[module] = folder, job
+        return runs[module]
+
+    with ThreadPoolExecutor(1) as pool:
+        if not os.environ.get("TEST_ORDER", "").endswith(".xml"):
+            for item in filter(waits, request.session.items):
+                start(item.module)
+
+        def result(module):
+            folder, job = start(module)
+            assert job.result().returncode == 0, job.result().stderr
+            return folder, job.result()
+
+        yield result
 
 
 @pytest.fixture(autouse=True)

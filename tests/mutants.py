@@ -227,7 +227,7 @@ def run_tests(file, old="", new="", **more):
         for name in ("tests", "data/mnist5k"):
             shutil.copytree(ROOT / name, copy / name)
         (copy / file).write_text((ROOT / file).read_text().replace(old, new))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-x", "-q"]
         command += [str(copy / "tests" / f"test_{file}"), *more.pop("flags", ())]
         env = os.environ | {"TEST_THREADS": "1", "OMP_NUM_THREADS": "1"} | more
         return subprocess.run(command, cwd=copy, env=env, capture_output=True).returncode == 0

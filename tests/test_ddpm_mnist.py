@@ -427,13 +427,12 @@ KEYS = {
 }  # fmt: skip
 
 
+PROGRAM = [SCRIPT, *TINY, "--data", SMALL]  # with the default --out
+
+
 @pytest.fixture(scope="session")
-def run(data, tmp_path_factory):
-    """One small run in a subprocess, from an empty folder, with the default --out."""
-    folder = tmp_path_factory.mktemp("run")
-    command = [sys.executable, SCRIPT, *TINY, "--data", data]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def run(program):
+    folder, done = program(sys.modules[__name__])
     return folder, folder / "runs" / "ddpm_mnist", done
 
 
@@ -461,7 +460,7 @@ def test_script_leaves_every_file_and_key(run):
     assert set(names(out)) == FILES and os.listdir(folder) == ["runs"]
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics.keys() >= KEYS and metrics["script"] == "ddpm_mnist"
-    assert metrics["steps"] == 2 and metrics["train_images"] == 64
+    assert metrics["steps"] == 2 and metrics["train_images"] == 4000
     assert "bits_per_dim" in done.stdout and str(Path("runs") / "ddpm_mnist") in done.stdout
     samples, labels = np.load(out / "samples.npy"), np.load(out / "labels.npy")
     assert samples.dtype == np.uint8 and samples.shape == (10, 28, 28)
@@ -697,7 +696,8 @@ def test_kill_while_saving_leaves_a_checkpoint_that_loads(data, tmp_path):
 
 
 DRIVER = """
-import sys, torch
+import faulthandler, sys, torch
+faulthandler.dump_traceback_later(60, exit=True)  # tells where, should it ever hang
 sys.path.insert(0, {root!r})
 import ddpm_mnist
 nets, make, losses, seen, times = [], ddpm_mnist.UNet, ddpm_mnist.Diffusion.p_losses, [], []

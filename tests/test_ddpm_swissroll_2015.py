@@ -6,8 +6,6 @@ Statistical checks allow six standard errors: a false alarm has a chance below 1
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -457,25 +455,18 @@ def test_one_step_of_the_sampler_has_the_moments_of_reverse():
 # ---- the script
 
 
-def run(folder, *flags, **kwargs):
-    command = [sys.executable, "-W", "error::UserWarning", str(SCRIPT), *flags]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, **kwargs
-    )
+# no flag but the budget
+PROGRAM = ["-W", "error::UserWarning", SCRIPT, "--steps", "200", "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A run from an empty folder with no flag but the budget."""
-    folder = tmp_path_factory.mktemp("empty")
-    result = run(folder, "--steps", "200", "--device", "cpu")
-    assert result.returncode == 0, result.stderr
-    return folder / "runs" / "ddpm_swissroll_2015", result
+def run(program):
+    folder, done = program(sys.modules[__name__])
+    return folder / "runs" / "ddpm_swissroll_2015", done
 
 
-def test_a_short_training_raises_K_by_a_bit_and_a_half_and_stays_below_the_ceiling(finished):
-    metrics = json.loads((finished[0] / "metrics.json").read_text())
+def test_a_short_training_raises_K_by_a_bit_and_a_half_and_stays_below_the_ceiling(run):
+    metrics = json.loads((run[0] / "metrics.json").read_text())
     assert 1.5 < metrics["K_minus_null_bits"] < metrics["ceiling_minus_null_bits"]
     assert metrics["K_bits"] - metrics["K_minus_null_bits"] == pytest.approx(m.L_NULL)
     assert metrics["ceiling_minus_null_bits"] == pytest.approx(6.695, abs=0.002)
@@ -483,13 +474,13 @@ def test_a_short_training_raises_K_by_a_bit_and_a_half_and_stays_below_the_ceili
     assert metrics["gap_bits"] == pytest.approx(gap) and metrics["loss"] == -metrics["K_bits"]
     assert 0.003 < metrics["K_error_bits"] < 0.03  # of 65,536 points
     curve = m.roll_curve(torch.linspace(0, 1, 3000, dtype=torch.float64), 0.0)
-    samples = torch.from_numpy(np.load(finished[0] / "samples.npy")).double()
+    samples = torch.from_numpy(np.load(run[0] / "samples.npy")).double()
     far = (torch.cdist(samples, curve).amin(1) > 0.1).double().mean().item()
     assert metrics["off_curve"] == pytest.approx(far, abs=0.01)
 
 
-def test_the_run_leaves_all_its_files(finished):
-    out, result = finished
+def test_the_run_leaves_all_its_files(run):
+    out, result = run
     names = {p.name for p in out.iterdir()}
     figures = {"diffusion_process.png", "results.png", "training.png", "sampling.gif"}
     assert names == figures | {"model.pt", "metrics.json", "log.csv", "samples.npy"}
@@ -504,13 +495,13 @@ def test_the_run_leaves_all_its_files(finished):
     assert "K_minus_null_bits" in result.stdout and "runs/ddpm_swissroll_2015" in result.stdout
 
 
-def test_load_gives_the_numbers_of_the_run_that_saved_it(finished, tmp_path):
-    metrics = json.loads((finished[0] / "metrics.json").read_text())
-    loaded = m.main(["--load", str(finished[0] / "model.pt"), "--out", str(tmp_path)])
+def test_load_gives_the_numbers_of_the_run_that_saved_it(run, tmp_path):
+    metrics = json.loads((run[0] / "metrics.json").read_text())
+    loaded = m.main(["--load", str(run[0] / "model.pt"), "--out", str(tmp_path)])
     assert loaded["K_bits"] == pytest.approx(metrics["K_bits"], abs=1e-4)
     assert loaded["train_seconds"] == 0
     assert np.allclose(
-        np.load(tmp_path / "samples.npy"), np.load(finished[0] / "samples.npy"), atol=1e-3
+        np.load(tmp_path / "samples.npy"), np.load(run[0] / "samples.npy"), atol=1e-3
     )
 
 
@@ -553,10 +544,10 @@ def test_same_seed_same_numbers_and_mlp_and_noise_and_fixed_schedule_run(tmp_pat
     ],
 )
 def test_a_mistake_gives_one_line_and_exit_code_2(
-    flags, message, finished, tmp_path, monkeypatch, capsys
+    flags, message, run, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    good = (finished[0] / "model.pt").read_bytes()
+    good = (run[0] / "model.pt").read_bytes()
     Path("good.pt").write_bytes(good)
     Path("short.pt").write_bytes(good[: len(good) // 2])
     Path("text.pt").write_text("not a checkpoint")
