@@ -23,7 +23,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 caches = tempfile.TemporaryDirectory()  # of hypothesis and torch
 set_hypothesis_home_dir(caches.name)
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches.name
-torch.set_num_threads(int(os.environ.get("TEST_THREADS", 2)))
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
 
 
 def pytest_unconfigure():

@@ -1,6 +1,6 @@
 """Known bugs, put in one at a time: the suite must fail for each of them.
 
-  python tests/mutants.py                 all of them, about twenty minutes on two cores
+  python tests/mutants.py                 all of them, 18 minutes on two cores
   python tests/mutants.py posterior       those whose file, text or origin contains the word
 
 Each entry is one edit of one script: (file, old text, new text, where the bug was seen or what it is).
