@@ -394,6 +394,7 @@ def main(argv=None):
     bar.close()
     if world > 1:
         distributed.barrier()  # nobody hangs up on a slower one
+        del learner  # or it would own the group, whose end then waits for ever, now and then
         distributed.destroy_process_group()
     if rank > 0:
         return {}
@@ -461,10 +462,8 @@ def main(argv=None):
     plt.close("all")
     for name, array in (("samples", to_bytes(samples)), ("labels", label.cpu())):
         save_atomic(args.out / f"{name}.npy", lambda path: np.save(path, array.numpy()))
-    head = "step,loss,lr,seconds"
-    save_atomic(
-        args.out / "log.csv", lambda f: np.savetxt(f, log, "%.6g", ",", header=head, comments="")
-    )
+    form = {"fmt": "%.6g", "delimiter": ",", "header": "step,loss,lr,seconds", "comments": ""}
+    save_atomic(args.out / "log.csv", lambda path: np.savetxt(path, log, **form))
     text = json.dumps(metrics, indent=1, default=str)
     save_atomic(args.out / "metrics.json", lambda path: path.write_text(text))
     print(text, f"files in {args.out}", sep="\n")

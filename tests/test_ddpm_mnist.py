@@ -696,7 +696,7 @@ def test_kill_while_saving_leaves_a_checkpoint_that_loads(data, tmp_path):
 
 
 DRIVER = """
-import faulthandler, sys, torch
+import faulthandler, gc, sys, torch
 faulthandler.dump_traceback_later(60, exit=True)  # tells where, should it ever hang
 sys.path.insert(0, {root!r})
 import ddpm_mnist
@@ -709,6 +709,12 @@ def p_losses(self, model, x0, *args, **more):
     times.append(args[1])
     return losses(self, model, x0, *args, **more)
 ddpm_mnist.UNet, ddpm_mnist.Diffusion.p_losses = unet, p_losses
+destroy = torch.distributed.destroy_process_group
+def end():  # the last owner of the group waits for its threads, and they for the owner's GIL
+    parallel = torch.nn.parallel.DistributedDataParallel
+    assert not any(issubclass(type(thing), parallel) for thing in gc.get_objects())
+    destroy()
+torch.distributed.destroy_process_group = end
 import os
 from pathlib import Path
 from matplotlib import animation, figure
