@@ -394,7 +394,7 @@ def main(argv=None):
     bar.close()
     if world > 1:
         distributed.barrier()  # nobody hangs up on a slower one
-        del learner  # or it would own the group, whose end then waits for ever, now and then
+        del learner  # DDP that outlives its group deadlocks now and then (over the GIL)
         distributed.destroy_process_group()
     if rank > 0:
         return {}

@@ -173,7 +173,7 @@ MUTANTS = [
     (MNIST, "x, y = x[rank::world], y[rank::world]", "x, y = x[::world], y[::world]", "every rank sees the same data"),
     (MNIST, "learner = nn.parallel.DistributedDataParallel(net)", "learner = net", "gradients not averaged"),
     (MNIST, "    if rank > 0:\n        return {}\n", "", "every rank writes"),
-    (MNIST, "        del learner  # or", "        # or", "the end of a parallel run hangs now and then (seen here)"),
+    (MNIST, "        del learner  # DDP", "        # DDP", "the end of a parallel run hangs now and then (seen here)"),
     (MNIST, "optimizer.load_state_dict(saved[\"optimizer\"])", "pass", "optimiser not resumed"),
     (MNIST, "ema.load_state_dict(saved[\"ema\"])", "pass", "EMA not resumed"),
     (MNIST, "/ math.log(2) / 784", "/ 784", "nats for bits"),
