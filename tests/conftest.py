@@ -30,9 +30,9 @@ def pytest_unconfigure():
     caches.cleanup()
 
 
-def waits(item):
-    """Whether a test needs a run of its script as a program."""
-    return "run" in item.fixturenames
+def programs(item):
+    """The names of the programs of its module that a test needs the result of."""
+    return [name for name in getattr(item.module, "PROGRAMS", ()) if name in item.fixturenames]
 
 
 def pytest_collection_modifyitems(items):
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items):
     if order.endswith(".xml"):
         cases = ElementTree.parse(order).iter("testcase")
         seconds = {case.get("name"): float(case.get("time")) for case in cases}
-        items.sort(key=lambda item: (waits(item), seconds[item.name]))
+        items.sort(key=lambda item: (len(programs(item)), seconds[item.name]))
     elif order == "reverse":
         items.reverse()
     elif order:
@@ -51,26 +51,31 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def program(request, tmp_path_factory):
-    """program(module): its script as a user runs it, once, from an empty folder: that folder and
-    what subprocess.run returns. All are started with the session, one after another, and run beside
-    the tests; where the quickest tests come first they wait until they are asked for."""
+    """program(module, name): a script as a user runs it, PROGRAMS[name] of the module, once, from
+    an empty folder: that folder and what subprocess.run returns. All are started with the session,
+    one after another, and run beside the tests; where the quickest tests come first they wait until
+    they are asked for."""
     runs = {}
+    alone = {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path_factory.mktemp("tmp"))}
+    more = {"env": os.environ | alone, "capture_output": True, "text": True}
 
-    def start(module):
-        if module not in runs:
-            folder, command = tmp_path_factory.mktemp("program"), [sys.executable, *module.PROGRAM]
-            more = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True}
-            job = pool.submit(subprocess.run, command, cwd=folder, text=True, **more)
-            runs[module] = folder, job
-        return runs[module]
+    def start(module, name):
+        if (module, name) not in runs:
+            folder, command = (
+                tmp_path_factory.mktemp(name),
+                [sys.executable, *module.PROGRAMS[name]],
+            )
+            runs[module, name] = folder, pool.submit(subprocess.run, command, cwd=folder, **more)
+        return runs[module, name]
 
     with ThreadPoolExecutor(1) as pool:
         if not os.environ.get("TEST_ORDER", "").endswith(".xml"):
-            for item in filter(waits, request.session.items):
-                start(item.module)
+            for item in request.session.items:
+                for name in programs(item):
+                    start(item.module, name)
 
-        def result(module):
-            folder, job = start(module)
+        def result(module, name):
+            folder, job = start(module, name)
             assert job.result().returncode == 0, job.result().stderr
             return folder, job.result()
 

@@ -685,12 +685,12 @@ KEYS = {
 TRUTH = {"ideal_bound_nats", "entropy_nats", "excess_loss", "off_support"}
 
 
-PROGRAM = [SCRIPT, *TINY]  # with the default --out
+PROGRAMS = {"run": [SCRIPT, *TINY]}  # with the default --out
 
 
 @pytest.fixture(scope="session")
 def run(program):
-    folder, done = program(sys.modules[__name__])
+    folder, done = program(sys.modules[__name__], "run")
     return folder, folder / "runs" / "ddpm_2d", done
 
 

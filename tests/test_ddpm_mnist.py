@@ -427,12 +427,15 @@ KEYS = {
 }  # fmt: skip
 
 
-PROGRAM = [SCRIPT, *TINY, "--data", SMALL]  # with the default --out
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+TORCHRUN += ["--standalone", "--", Path(__file__).with_name("two_processes.py")]
+FLAGS = [*TINY, "--data", SMALL]  # with the default --out
+PROGRAMS = {"run": [SCRIPT, *FLAGS], "two_processes": [*TORCHRUN, *FLAGS]}
 
 
 @pytest.fixture(scope="session")
 def run(program):
-    folder, done = program(sys.modules[__name__])
+    folder, done = program(sys.modules[__name__], "run")
     return folder, folder / "runs" / "ddpm_mnist", done
 
 
@@ -695,55 +698,17 @@ def test_kill_while_saving_leaves_a_checkpoint_that_loads(data, tmp_path):
     assert metrics["steps"] == steps + 1
 
 
-DRIVER = """
-import faulthandler, gc, sys, torch
-faulthandler.dump_traceback_later(60, exit=True)  # tells where, should it ever hang
-sys.path.insert(0, {root!r})
-import ddpm_mnist
-nets, make, losses, seen, times = [], ddpm_mnist.UNet, ddpm_mnist.Diffusion.p_losses, [], []
-def unet(*args, **more):
-    nets.append(make(*args, **more))
-    return nets[-1]
-def p_losses(self, model, x0, *args, **more):
-    seen.append(x0)
-    times.append(args[1])
-    return losses(self, model, x0, *args, **more)
-ddpm_mnist.UNet, ddpm_mnist.Diffusion.p_losses = unet, p_losses
-destroy = torch.distributed.destroy_process_group
-def end():  # the last owner of the group waits for its threads, and they for the owner's GIL
-    parallel = torch.nn.parallel.DistributedDataParallel
-    assert not any(issubclass(type(thing), parallel) for thing in gc.get_objects())
-    destroy()
-torch.distributed.destroy_process_group = end
-import os
-from pathlib import Path
-from matplotlib import animation, figure
-touch = lambda self, path, *args, **more: Path(path).touch()
-figure.Figure.savefig = animation.Animation.save = touch
-rank = os.environ["RANK"]
-ddpm_mnist.main(sys.argv[1:])
-torch.save([nets[0].state_dict(), torch.cat(seen), torch.cat(times)], f"rank{{rank}}.pt")
-"""
+@pytest.fixture(scope="session")
+def two_processes(program):
+    return program(sys.modules[__name__], "two_processes")
 
 
-def test_two_processes_share_weights_but_not_data_and_write_once(data, tmp_path):
-    (tmp_path / "driver.py").write_text(DRIVER.format(root=str(SCRIPT.parent)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "0", "--standalone", "--", "driver.py", *TINY, "--data", data]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, **pipes)
-    try:
-        stdout, stderr = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun then ends its two processes, which kill() would not
-        process.communicate(timeout=60)
-        raise
-    assert process.returncode == 0, stderr
-    (a, seen_a, t_a), (b, seen_b, t_b) = (torch.load(tmp_path / f"rank{k}.pt") for k in (0, 1))
+def test_two_processes_share_weights_but_not_data_and_write_once(two_processes):
+    folder, done = two_processes
+    (a, seen_a, t_a), (b, seen_b, t_b) = (torch.load(folder / f"rank{k}.pt") for k in (0, 1))
     assert same(a, b) and not torch.equal(t_a, t_b)  # equal weights, different noise
-    assert set(names(tmp_path / "runs" / "ddpm_mnist")) == FILES
-    assert stdout.count("bits_per_dim_error") == 1  # one process reports
+    assert set(names(folder / "runs" / "ddpm_mnist")) == FILES
+    assert done.stdout.count("bits_per_dim_error") == 1  # one process reports
     images = [{x.numpy().tobytes() for x in seen} for seen in (seen_a, seen_b)]
     assert not images[0] & images[1]  # each has its own part of the data
 

@@ -456,12 +456,12 @@ def test_one_step_of_the_sampler_has_the_moments_of_reverse():
 
 
 # no flag but the budget
-PROGRAM = ["-W", "error::UserWarning", SCRIPT, "--steps", "200", "--device", "cpu"]
+PROGRAMS = {"run": ["-W", "error::UserWarning", SCRIPT, "--steps", "200", "--device", "cpu"]}
 
 
 @pytest.fixture(scope="session")
 def run(program):
-    folder, done = program(sys.modules[__name__])
+    folder, done = program(sys.modules[__name__], "run")
     return folder / "runs" / "ddpm_swissroll_2015", done
 
 
