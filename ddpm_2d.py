@@ -298,8 +298,8 @@ def main(argv=None):
     models = (model, ideal) if data.sigma else (model,)  # the ideal one needs the truth
     rng, bound = torch.Generator(device), diffusion.variational_bound
     bounds = torch.stack([bound(f, x0[:512], y[:512], rng.manual_seed(0)) for f in models])
-    weight = diffusion.beta[2:] / diffusion.alpha[2:] / diffusion.noise[1:-1] ** 2  # Eq. (12)
-    losses = bounds[:, 1:-1] / weight  # per axis, t = 2..T
+    weight = diffusion.beta[2:] / diffusion.alpha[2:] / diffusion.noise[1:-1] ** 2  # Eq. (12) x 2
+    losses = bounds[:, 1:-1] / weight  # error of eps, mean of both axes, t = 2..T
     metrics = dict(zip(("bound_nats", "ideal_bound_nats"), bounds.sum(1)), loss=losses[0].mean())
     metrics |= {"swd_ratio": swd[0], "ddim_swd_ratio": swd[1]}
     if data.sigma:

@@ -246,11 +246,11 @@ def draw(rows, path):
         mine = [r for r in rows if r["package"] == name]
         ends = [r for r in mine if r["seconds"] == last]
         best = min(ends, key=lambda r: r["swd_ratio"])["sampler"]
-        for key, ax in zip(("swd_ratio", "off_support"), axes, strict=True):
+        for (key, title), ax in zip(TITLES.items(), axes, strict=True):
             points = sorted((r["seconds"], r[key]) for r in mine if r["sampler"] == best)
             x, y = np.array(points).T
             ax.plot(x, y, "o-", color=color, label=f"{name.replace('_', '-')} ({best})")
-            ax.set(xscale="log", yscale="log", xlabel="seconds of training", title=key)
+            ax.set(xscale="log", yscale="log", xlabel="seconds of training", title=title)
             ax.set_xticks(x, [f"{k:g}" for k in x])
             ax.minorticks_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -302,6 +302,7 @@ def main(argv=None):
             )
 
 
+TITLES = {"swd_ratio": "sliced Wasserstein ratio", "off_support": "share off support"}
 ROW = ("package", "sampler", "seconds", "seed")
 
 if __name__ == "__main__":

@@ -61,10 +61,8 @@ def program(request, tmp_path_factory):
 
     def start(module, name):
         if (module, name) not in runs:
-            folder, command = (
-                tmp_path_factory.mktemp(name),
-                [sys.executable, *module.PROGRAMS[name]],
-            )
+            folder = tmp_path_factory.mktemp(name)
+            command = [sys.executable, *module.PROGRAMS[name]]
             runs[module, name] = folder, pool.submit(subprocess.run, command, cwd=folder, **more)
         return runs[module, name]
 
@@ -76,8 +74,9 @@ def program(request, tmp_path_factory):
 
         def result(module, name):
             folder, job = start(module, name)
-            assert job.result().returncode == 0, job.result().stderr
-            return folder, job.result()
+            done = job.result()
+            assert done.returncode == 0, done.stderr
+            return folder, done
 
         yield result
 
