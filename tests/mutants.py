@@ -201,6 +201,8 @@ MUTANTS = [
     (MNIST, "10_000 ** (-torch.arange(32) / 32)", "10_000 ** (torch.arange(32) / 32)", "embedding, sign of the exponent: all frequencies alias"),
     (MNIST, "F.interpolate(h, scale_factor=2) + h1", "F.interpolate(h, scale_factor=2)", "no skip connection at full size"),
     (MNIST, "F.interpolate(h, scale_factor=2) + h2", "F.interpolate(h, scale_factor=2)", "no skip connection at half size"),
+    (MNIST, "fade * wave.sin(), fade * wave.cos()", "wave.sin(), wave.cos()", "Fourier features of noise alone"),
+    (MNIST, "(self.waves * noise) ** 2) / 2)", "(self.waves * noise) ** 2))", "Fourier features, 2 missing in exp(-x^2 / 2)"),
     (MNIST, "nn.GroupNorm(8, inputs)", "nn.BatchNorm2d(inputs)", "superminddpm, tea: batch norm over mixed noise levels"),
     (D2, "device=device)).sort(1).values", "device=device))", "sliced distance without sorting: any samples score 1"),
     (D2, "diffusion.noise[1:-1] ** 2  # Eq. (12)", "diffusion.noise[2:] ** 2  # Eq. (12)", "weight of the loss, beta for beta-tilde"),

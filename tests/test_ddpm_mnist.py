@@ -180,7 +180,7 @@ def test_images_of_a_batch_do_not_see_each_other():
 def test_skips_bring_the_features_of_every_size_to_the_way_up():
     """What enters a block on the way up is what came from below plus what the way down had."""
     net, seen = unet(), {}
-    blocks = {"deep": net.middle[1]} | {f"down{k}": net.down[k] for k in range(3)}
+    blocks = {"deep": net.middle[1], "down0": net.stem, "down1": net.down[0], "down2": net.down[1]}
     for name, block in (blocks | {f"up{k}": net.up[k] for k in range(3)}).items():
         hook = lambda block, args, out, name=name: seen.update({name: (args[0], out)})
         block.register_forward_hook(hook)
@@ -189,6 +189,22 @@ def test_skips_bring_the_features_of_every_size_to_the_way_up():
     want = seen["deep"][1], larger(seen["up0"][1]), larger(seen["up1"][1])
     for k, below in enumerate(want):
         torch.testing.assert_close(seen[f"up{k}"][0], below + seen[f"down{2 - k}"][1])
+
+
+def test_fourier_features_are_faded_by_the_noise():
+    """exp(i w x) times its average over the noise, here of 200,000 draws; none is left at t = T."""
+    torch.manual_seed(0)
+    net, seen = UNet(Diffusion(1000, "cosine"), channels=2), []
+    net.stem.register_forward_hook(lambda block, args, out: seen.append(args[0]))
+    x, t = torch.rand(4, 2, 8, 8) * 2 - 1, torch.tensor([1, 3, 10, 1000])
+    net(x, t)
+    w, eps = math.pi * torch.tensor([4, 16, 64]), torch.randn(200_000)
+    average = [[torch.cos(f * net.diffusion.noise[k] * eps).mean() for f in w] for k in t]
+    fade = torch.tensor(average)[:, :, None, None, None]  # [B, 3, 1, 1, 1]
+    wave = w[:, None, None, None] * x[:, None]  # [B, 3, 2, H, W]
+    want = [x, *(fade * wave.sin()).unbind(1), *(fade * wave.cos()).unbind(1)]
+    torch.testing.assert_close(seen[0], torch.cat(want, 1), rtol=0, atol=0.01)
+    assert (fade[0] > 0.4).all() and fade[3].abs().max() < 0.01
 
 
 def test_time_embedding_covers_the_same_range_for_every_T():
@@ -419,7 +435,7 @@ def test_a_script_copied_alone_tells_which_files_to_put_where(
 
 FILES = {
     "model.pt", "metrics.json", "log.csv", "samples.npy", "labels.npy", "diffusion_process.png",
-    "results.png", "training.png", "sampling.gif",
+    "results.png", "training.png",
 }  # fmt: skip
 KEYS = {
     "script", "seed", "device", "steps", "parameters", "train_seconds", "sample_seconds", "loss",
