@@ -111,7 +111,7 @@ class DiffusionModel(nn.Module):
         # p is diagonal in (x_1, x_2 - c x_1), where q has the variances var_q and (1 + c^2) var_q
         kl = kl_normal(d1, var_q, 0, var1) + kl_normal(d2 - c * d1, (1 + c**2) * var_q, 0, var2)
         kl = BITS * (kl + torch.log1p(c**2) / 2)
-        return BITS * (s[2, -1] / s[2, 1]).log() + L_NULL - kl.sum(0), kl  # H_q - H_q - H_p - KLs
+        return BITS * (s[2, -1] / s[2, 1]).log() + L_NULL - kl.sum(0), kl  # H_T - H_1 - H_p - KLs
 
     @torch.no_grad()
     def sample(self, n, generator=None):
