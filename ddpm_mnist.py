@@ -4,7 +4,7 @@
 # ///
 """DDPM (Ho et al. 2020, arXiv 2006.11239) with a U-Net on MNIST, judged in bits per dimension.
 
-python ddpm_mnist.py                                     ten minutes, on two CPU cores
+python ddpm_mnist.py                                     ten minutes of training, two CPU cores
 python ddpm_mnist.py --load weights/ddpm_mnist.pt --test-images 0     a hundred digits in seconds
 torchrun --nproc-per-node 8 ddpm_mnist.py --minutes 2    eight GPUs, eight times the batch
 """
@@ -146,7 +146,7 @@ class Diffusion(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + two convolutions of it; the embedding scales and shifts between them."""
+    """skip(x) + two convolutions of x; the embedding scales and shifts between them."""
 
     def __init__(self, inputs, outputs, width):
         super().__init__()
@@ -164,8 +164,8 @@ class ResBlock(nn.Module):
 
 class UNet(nn.Module):
     """eps_theta(x_t, t, y) of images [B, channels, H, W], H and W divisible by 4; the last label,
-    y = classes, means "not told". The best linear guess of eps is noise * x_t (unit variance data);
-    the network adds signal * v to it (Salimans & Ho 2022). Skips are sums: half the cost."""
+    y = classes, means "not told". The best linear guess of eps is noise * x_t if E[x_0^2] = 1 (here
+    0.93); the network adds signal * v to it (Salimans & Ho 2022). Skips are added: cheaper."""
 
     def __init__(self, diffusion, channels=1, classes=10, widths=(32, 64, 128)):
         super().__init__()
@@ -173,8 +173,8 @@ class UNet(nn.Module):
         self.freq = nn.Buffer(1000 / diffusion.T * 10_000 ** (-torch.arange(32) / 32))
         self.time = nn.Sequential(nn.Linear(64, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label = nn.Embedding(classes + 1, emb)
-        self.waves = nn.Buffer(math.pi * 2.0 ** torch.tensor([2, 4, 6])[:, None, None, None])
-        self.stem = nn.Conv2d(7 * channels, a, 3, padding=1)  # Fourier features: Kingma et al. 2021
+        self.waves = nn.Buffer(math.pi * torch.tensor([4, 16, 64])[:, None, None, None])
+        self.stem = nn.Conv2d(7 * channels, a, 3, padding=1)  # of x_t, 3 sines and 3 cosines
         self.down = nn.ModuleList(ResBlock(*io, emb) for io in ((a, b), (b, c)))
         self.middle = nn.ModuleList(ResBlock(c, c, emb) for _ in range(2))
         self.norm = nn.GroupNorm(8, c)
@@ -194,9 +194,9 @@ class UNet(nn.Module):
         y = torch.full_like(t, self.classes) if y is None else y
         angle = t[:, None] * self.freq
         emb = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + self.label(y))
-        wave = self.waves * xt[:, None]  # [B, 3, channels, H, W]
+        wave = self.waves * xt[:, None]  # Kingma et al. 2021, Sec. 3.4; [B, 3, channels, H, W]
         noise = self.diffusion.noise[t].view(-1, 1, 1, 1, 1)
-        fade = torch.exp(-((self.waves * noise) ** 2) / 2)  # what is left of a wave, on average
+        fade = torch.exp(-((self.waves * noise) ** 2) / 2)  # = E[cos(waves noise eps)]
         wave = torch.cat([fade * wave.sin(), fade * wave.cos()], 1).flatten(1, 2)
         h1 = self.stem(torch.cat([xt, wave], 1))  # [B, 32, H, W]
         h2 = self.down[0](F.avg_pool2d(h1, 2), emb)  # [B, 64, H/2, W/2]
