@@ -5,7 +5,7 @@
 """DDPM (Ho et al. 2020, arXiv 2006.11239) with a U-Net on MNIST, judged in bits per dimension.
 
 python ddpm_mnist.py                                     ten minutes of training, two CPU cores
-python ddpm_mnist.py --load weights/ddpm_mnist.pt --test-images 0     a hundred digits in seconds
+python ddpm_mnist.py --load weights/ddpm_mnist.pt --T 4000 --test-images 0     digits in seconds
 torchrun --nproc-per-node 8 ddpm_mnist.py --minutes 2    eight GPUs, eight times the batch
 """
 
