@@ -194,7 +194,7 @@ class UNet(nn.Module):
         y = torch.full_like(t, self.classes) if y is None else y
         angle = t[:, None] * self.freq
         emb = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + self.label(y))
-        wave = self.waves * xt[:, None]  # Kingma et al. 2021, Sec. 3.4; [B, 3, channels, H, W]
+        wave = self.waves * xt[:, None]  # Kingma et al. 2021; [B, 3, channels, H, W]
         noise = self.diffusion.noise[t].view(-1, 1, 1, 1, 1)
         fade = torch.exp(-((self.waves * noise) ** 2) / 2)  # = E[cos(waves noise eps)]
         wave = torch.cat([fade * wave.sin(), fade * wave.cos()], 1).flatten(1, 2)
