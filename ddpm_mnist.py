@@ -194,9 +194,8 @@ class UNet(nn.Module):
         y = torch.full_like(t, self.classes) if y is None else y
         angle = t[:, None] * self.freq
         emb = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + self.label(y))
-        wave = self.waves * xt[:, None]  # Kingma et al. 2021; [B, 3, channels, H, W]
-        noise = self.diffusion.noise[t].view(-1, 1, 1, 1, 1)
-        fade = torch.exp(-((self.waves * noise) ** 2) / 2)  # = E[cos(waves noise eps)]
+        wave = self.waves * xt[:, None]  # Kingma et al. 2021, faded by E[cos(waves noise eps)]
+        fade = torch.exp(-((self.waves * self.diffusion.noise[t].view(-1, 1, 1, 1, 1)) ** 2) / 2)
         wave = torch.cat([fade * wave.sin(), fade * wave.cos()], 1).flatten(1, 2)
         h1 = self.stem(torch.cat([xt, wave], 1))  # [B, 32, H, W]
         h2 = self.down[0](F.avg_pool2d(h1, 2), emb)  # [B, 64, H/2, W/2]
@@ -285,6 +284,7 @@ def main(argv=None):
     add("--schedule", default="cosine", choices=["linear", "cosine", "sigmoid"], help="of beta_t")
     add("--n", type=int, default=100, help="samples to draw, the classes in turn")
     add("--sample-steps", type=int, default=50, help="of DDIM; 0 for all T of Algorithm 2")
+    add("--eta", type=int, default=1, choices=[0, 1], help="1: DDIM draws noise, as DDPM does")
     add("--guidance", type=float, default=1.0, help="scale s; 0 is without labels")
     add("--test-images", type=int, default=64, help="for bits per dimension, a multiple of 8, or 0")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
@@ -374,11 +374,11 @@ def main(argv=None):
             # a seed for each step: a resumed run draws what an uninterrupted one would have
             torch.manual_seed((args.seed * world + rank) * 10**9 + len(log))
             pick = torch.randint(len(x), (args.batch_size,), device=device)
-            hide = torch.rand(args.batch_size, device=device) < 0.1  # labels, for guidance
-            label = y[pick].masked_fill(hide, net.classes)
-            # t evenly spread over the batch: less noise in the gradient (Kingma et al. 2021)
+            # label dropout for guidance; t evenly spread (Kingma et al. 2021), every second raised
+            label = torch.where(torch.rand(len(pick), device=device) < 0.1, net.classes, y[pick])
             spread = torch.arange(args.batch_size, device=device) * args.T // args.batch_size
             t = (spread + torch.randint(args.T, (1,), device=device)) % args.T + 1
+            t[1::2] = (args.T * (t[1::2] / args.T) ** (1 / 3)).ceil().long()  # p = 3t^2/T^3
             with autocast():
                 loss = diffusion.p_losses(learner, x[pick], label, t, gamma=2)
             if not loss.isfinite():
@@ -409,13 +409,13 @@ def main(argv=None):
     torch.manual_seed(args.seed)  # sample
     xT = torch.randn(args.n, 1, 28, 28, device=device)
     label = torch.arange(args.n, device=device) % net.classes
-    steps, loop = args.sample_steps or args.T, diffusion.p_sample_loop
-    loop = partial(diffusion.ddim_sample_loop, steps=steps) if args.sample_steps else loop
-    chunks, film = zip(xT.split(250), label.split(250)), []
+    ddim = partial(diffusion.ddim_sample_loop, steps=args.sample_steps, eta=args.eta)
+    loop = ddim if args.sample_steps else diffusion.p_sample_loop
+    chunks = zip(xT.split(250), label.split(250))
     with autocast():
         loops = [loop(model, part, y=y, guidance=args.guidance) for part, y in chunks]
-        for parts in (bar := tqdm(zip(*loops), "sample", steps + 1)):  # x_T, ..., x_0
-            film.append(to_bytes(samples := torch.cat(parts))[:100])
+        bar = tqdm(zip(*loops), "sample", (args.sample_steps or args.T) + 1)  # x_T, ..., x_0
+        film, took = [to_bytes(x0 := torch.cat(x))[:100] for x in bar], bar.format_dict["elapsed"]
         # evaluate on random test images, in 8 groups: their spread gives the standard error
         pick, bounds = torch.randperm(len(test_x), device=device)[: args.test_images // 8 * 8], []
         for part in tqdm(pick.view(8, -1) if len(pick) else (), "bound"):
@@ -423,7 +423,7 @@ def main(argv=None):
     loss, seconds = np.array(log).reshape(-1, 4).T[[1, 3]]
     metrics = {"script": "ddpm_mnist", **vars(args), "device": str(device), "steps": len(log)}
     metrics |= {"amp": amp, "torch": torch.__version__, "dataset": folder.name}
-    metrics |= {"train_images": len(data[0]), "sample_seconds": bar.format_dict["elapsed"]}
+    metrics |= {"train_images": len(data[0]), "sample_seconds": took}
     metrics["parameters"] = sum(p.numel() for p in net.parameters())
     if log:
         metrics |= {"loss": loss[-500:].mean(), "train_seconds": seconds[-1]}
@@ -437,8 +437,8 @@ def main(argv=None):
         x = x[: len(x) // 10 * 10].unflatten(0, (-1, 10))  # [rows, 10, H, W]
         return x.transpose(1, 2).flatten(0, 1).flatten(1).numpy()
 
-    k = torch.linspace(0, steps, 10).round()  # draw ten states of the path
-    times = (args.T * (1 - k / steps)).round().long()
+    k = torch.linspace(0, len(film) - 1, 10).round()  # draw ten states of the path
+    times = (args.T * (1 - k / k[-1])).round().long()
     noised = diffusion.cpu().q_sample(test_x[:1].cpu().expand(10, -1, -1, -1), times, xT[:1].cpu())
     reverse = torch.stack([film[i][0] for i in k.int()])
     figure, axis = plt.subplots(figsize=(10, 2.4), layout="constrained")
@@ -460,7 +460,7 @@ def main(argv=None):
         axis.set_title(title)
     save_atomic(args.out / "training.png", figure.savefig)
     plt.close("all")
-    for name, array in (("samples", to_bytes(samples)), ("labels", label.cpu())):
+    for name, array in (("samples", to_bytes(x0)), ("labels", label.cpu())):
         save_atomic(args.out / f"{name}.npy", lambda path: np.save(path, array.numpy()))
     form = {"fmt": "%.6g", "delimiter": ",", "header": "step,loss,lr,seconds", "comments": ""}
     save_atomic(args.out / "log.csv", lambda path: np.savetxt(path, log, **form))

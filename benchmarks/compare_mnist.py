@@ -58,10 +58,10 @@ def ours(x, y, seconds, seed, folder, data):
     def sample(labels):
         xT = torch.randn(len(labels), 1, 28, 28)
         with bf16:
-            *_, x0 = diffusion.ddim_sample_loop(net, xT, 50, y=labels)
+            *_, x0 = diffusion.ddim_sample_loop(net, xT, 50, 1.0, y=labels)
         return x0
 
-    return net, metrics["steps"], {"DDIM, 50 steps": sample}
+    return net, metrics["steps"], {"DDIM, 50 steps, eta 1": sample}
 
 
 def smalldiffusion(x, y, seconds, *_):

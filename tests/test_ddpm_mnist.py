@@ -516,6 +516,13 @@ def test_bits_per_dim_are_the_bound_in_bits_over_784_pixels(data, small, tmp_pat
     assert metrics["bits_per_dim_error"] == pytest.approx(error, rel=1e-4)
 
 
+def test_seconds_of_sampling_are_without_those_of_the_bound(data, small, tmp_path, monkeypatch):
+    slow = lambda *a, **k: time.sleep(0.1) or torch.ones(22)
+    monkeypatch.setattr(Diffusion, "variational_bound", slow)
+    metrics = ddpm_mnist.main(["--data", str(data), *TINY, "--out", str(tmp_path)])
+    assert 0 < metrics["sample_seconds"] < 0.7  # the eight groups alone take 0.8
+
+
 def test_bound_is_that_of_test_images_with_their_labels(data, small, tmp_path, monkeypatch):
     seen = []
 
@@ -563,10 +570,19 @@ def test_training_hides_a_tenth_of_the_labels_and_keeps_the_others(data, trained
 
 def test_training_spreads_t_from_1_to_T_and_weighs_the_error_in_v(trained_on):
     for _, _, t, gamma in trained_on:
-        counts = torch.bincount(t, minlength=22)
+        counts = torch.bincount(t[::2], minlength=22)
         assert gamma == 2 and counts[0] == 0 and len(counts) == 22
-        assert ((counts[1:] == 4) | (counts[1:] == 5)).all()  # 100 images over 21 steps
+        assert ((counts[1:] == 2) | (counts[1:] == 3)).all()  # 50 images over 21 steps
     assert len({tuple(t.tolist()) for _, _, t, _ in trained_on}) > 5  # and not always the same ones
+
+
+def test_training_draws_every_second_t_with_density_3_t_squared(trained_on):
+    """So P(t <= k) = (k / T)^3, up to the steps of both sides."""
+    for _, _, t, _ in trained_on:
+        assert t.min() >= 1 and t.max() <= 21 and t.shape == (100,)
+        for k in range(1, 22):
+            share = (t[1::2] <= k).double().mean().item()
+            assert abs(share - (k / 21) ** 3) < 1 / 21 + 1 / 50
 
 
 @pytest.fixture
@@ -622,9 +638,9 @@ def test_average_of_the_weights_covers_a_twentieth_of_the_steps(data, tmp_path, 
     assert 9999 - ramp == pytest.approx(9999 / 21, rel=0.01)
 
 
-@pytest.mark.parametrize("steps", [0, 3])
-def test_main_samples_as_asked(steps, data, small, tmp_path, monkeypatch):
-    """The loop that --sample-steps names gets noise, the labels in turn, and --guidance."""
+@pytest.mark.parametrize("steps, eta", [(0, []), (3, []), (3, ["--eta", "0"])])
+def test_main_samples_as_asked(steps, eta, data, small, tmp_path, monkeypatch):
+    """The loop that --sample-steps names gets noise, the labels in turn, --guidance and --eta."""
     calls = []
 
     def fake(name):
@@ -637,12 +653,13 @@ def test_main_samples_as_asked(steps, data, small, tmp_path, monkeypatch):
     for name in ("p_sample_loop", "ddim_sample_loop"):
         monkeypatch.setattr(Diffusion, name, fake(name))
     flags = ["--data", str(data), *TINY, "--n", "300", "--sample-steps", str(steps)]
-    flags += ["--guidance", "2.5", "--test-images", "0", "--out", str(tmp_path)]
+    flags += ["--guidance", "2.5", "--test-images", "0", "--out", str(tmp_path), *eta]
     ddpm_mnist.main(flags)
     name = "ddim_sample_loop" if steps else "p_sample_loop"
     assert [call[0] for call in calls] == [name, name]  # 300 images in two parts
     assert all(more["guidance"] == 2.5 for _, _, more in calls)
     assert all(more.get("steps", 0) == steps for _, _, more in calls)
+    assert all(more.get("eta") == ((not eta) if steps else None) for _, _, more in calls)
     labels = torch.cat([more["y"] for _, _, more in calls])
     assert labels.tolist() == [k % 10 for k in range(300)]
     assert np.load(tmp_path / "labels.npy").tolist() == labels.tolist()
