@@ -16,7 +16,7 @@ import json
 import math
 import os
 import sys
-import time
+import timeit
 from functools import partial
 from pathlib import Path
 from urllib.request import urlopen
@@ -343,9 +343,10 @@ def main(argv=None):
         value, flag = vars(args)[flag], flag.replace("_", "-")
         reason = (str(error) or repr(error)).splitlines()[0]
         parser.error(f"--{flag} {value}: {reason}; see --help")
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # empty in older torch
-    fast = device.type == "cuda" or device.type == "cpu" and "avx512_bf16" in cpu
-    amp = args.amp == "on" or args.amp == "auto" and fast
+    clock = lambda x: min(timeit.repeat(lambda: x @ x, number=1, repeat=9))  # seconds
+    fast = {"cuda": True, "cpu": clock(torch.eye(256).bfloat16()) < clock(torch.eye(256))}
+    amp = args.amp == "on" or args.amp == "auto" and fast.get(device.type, False)
+    amp = saved.get("amp", amp) if args.resume else amp  # whatever is faster on this machine
     autocast = partial(torch.autocast, device.type, torch.bfloat16, amp)
     learner, model, log = net, ema.module, saved.get("log", [])
     if world > 1:
@@ -355,15 +356,14 @@ def main(argv=None):
 
     def keep():
         state = {"ema": ema.state_dict(), "net": net.state_dict(), "config": config, "log": log}
-        state = {"ddpm_mnist": state | {"optimizer": optimizer.state_dict()}}
+        state = {"ddpm_mnist": state | {"optimizer": optimizer.state_dict(), "amp": amp}}
         save_atomic(args.out / "model.pt", partial(torch.save, state))
 
-    start = time.time() - (log[-1][3] if log else 0)
-    text = f"train, batch {args.batch_size * world}"  # the effective one
-    bar = tqdm(desc=text, total=args.steps, initial=len(log), disable=rank > 0)
+    start = timeit.default_timer() - (log[-1][3] if log else 0)
+    bar = tqdm(None, f"batch {args.batch_size * world}", args.steps, initial=len(log), disable=rank)
     try:  # Algorithm 1, until the budget is used or Ctrl-C
         while not args.load:
-            used = (time.time() - start) / 60 / args.minutes  # share of the budget
+            used = (timeit.default_timer() - start) / 60 / args.minutes  # share of the budget
             used = torch.tensor((len(log) + 0.5) / args.steps if args.steps else used)
             if world > 1:
                 distributed.broadcast(used := used.to(device), 0)  # one clock for all
@@ -389,7 +389,7 @@ def main(argv=None):
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             ema.update_parameters(net)  # after the step
-            log.append([len(log) + 1, loss.item(), lr, time.time() - start])
+            log.append([len(log) + 1, loss.item(), lr, timeit.default_timer() - start])
             bar.update()
             if len(log) % args.save_every == 0 and rank == 0:
                 bar.set_postfix(loss=np.mean(log[-args.save_every :], 0)[1])

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import timeit
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -461,6 +462,17 @@ def small(monkeypatch):
     monkeypatch.setattr(UNet.__init__, "__defaults__", (1, 10, (8, 16, 32)))
 
 
+@pytest.fixture
+def bf16_takes(monkeypatch):
+    """What main measures: bf16_takes(2) is a CPU on which bfloat16 takes twice as long."""
+
+    def patch(ratio):
+        seconds = lambda run, number, repeat: [ratio if run().dtype == torch.bfloat16 else 1] * 9
+        monkeypatch.setattr(timeit, "repeat", seconds)
+
+    return patch
+
+
 def saved(folder):
     return torch.load(folder / "model.pt", weights_only=True)
 
@@ -668,12 +680,35 @@ def test_main_samples_as_asked(steps, eta, data, small, tmp_path, monkeypatch):
     assert (xT.var() - 1).abs() < 6 * math.sqrt(2 / xT.numel())
 
 
-def test_resume_equals_uninterrupted(data, small, tmp_path, ctrl_c):
+@pytest.mark.parametrize(
+    "ratio, amp, want",
+    [(0.5, "auto", True), (2, "auto", False), (0.5, "off", False), (2, "on", True)],
+)
+def test_amp_auto_takes_bfloat16_where_it_is_faster(
+    ratio, amp, want, data, small, tmp_path, bf16_takes, monkeypatch
+):
+    seen, network = set(), UNet.forward
+
+    def spy(self, *inputs):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return network(self, *inputs)
+
+    monkeypatch.setattr(UNet, "forward", spy)
+    bf16_takes(ratio)
+    flags = ["--data", str(data), *TINY, "--amp", amp, "--out", str(tmp_path)]
+    assert ddpm_mnist.main([*flags, "--test-images", "8"])["amp"] is want
+    assert seen == {want}  # in training, sampling and evaluation
+
+
+def test_resume_equals_uninterrupted(data, small, tmp_path, ctrl_c, bf16_takes):
+    """Even where bfloat16 was faster at the start, and no longer is."""
+    bf16_takes(0.5)
     flags = ["--data", str(data), *TINY, "--steps", "6", "--test-images", "0", "--save-every", "1"]
     ddpm_mnist.main([*flags, "--out", str(tmp_path / "whole")])
     ctrl_c(Diffusion, "p_losses", 4)
     ddpm_mnist.main([*flags, "--out", str(tmp_path / "parts")])
     assert len(saved(tmp_path / "parts")["ddpm_mnist"]["log"]) == 3
+    bf16_takes(2)
     ddpm_mnist.main([*flags, "--out", str(tmp_path / "parts"), "--resume"])
     whole, parts = (saved(tmp_path / name)["ddpm_mnist"] for name in ("whole", "parts"))
     assert len(parts["log"]) == 6
