@@ -102,8 +102,8 @@ class Diffusion(nn.Module):
             x0 = self.predict_x0(xt, t, self.guided_eps(model, xt, t, y, guidance))
             eps = (xt - self.signal[t] * x0) / self.noise[t]
             ratio = -torch.expm1(torch.log1p(-self.beta[s + 1 : t + 1]).sum())  # 1 - a_t / a_s
-            sigma = eta * self.noise[s] / self.noise[t] * ratio.sqrt()  # Eq. (16)
-            z = sigma * torch.empty_like(xt).normal_(generator=generator)
+            sigma = self.noise[s] * (eta / self.noise[t] * ratio.sqrt()).clamp(max=1)  # Eq. (16)
+            z = sigma * torch.empty_like(xt).normal_(generator=generator)  # eta = 1: as in DDPM
             yield (xt := self.signal[s] * x0 + (self.noise[s] ** 2 - sigma**2).sqrt() * eps + z)
 
     @torch.no_grad()

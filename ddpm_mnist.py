@@ -117,8 +117,8 @@ class Diffusion(nn.Module):
             x0 = self.predict_x0(xt, t, self.guided_eps(model, xt, t, y, guidance))
             eps = (xt - self.signal[t] * x0) / self.noise[t]
             ratio = -torch.expm1(torch.log1p(-self.beta[s + 1 : t + 1]).sum())  # 1 - a_t / a_s
-            sigma = eta * self.noise[s] / self.noise[t] * ratio.sqrt()  # Eq. (16)
-            z = sigma * torch.empty_like(xt).normal_(generator=generator)
+            sigma = self.noise[s] * (eta / self.noise[t] * ratio.sqrt()).clamp(max=1)  # Eq. (16)
+            z = sigma * torch.empty_like(xt).normal_(generator=generator)  # eta = 1: as in DDPM
             yield (xt := self.signal[s] * x0 + (self.noise[s] ** 2 - sigma**2).sqrt() * eps + z)
 
     @torch.no_grad()
@@ -284,7 +284,7 @@ def main(argv=None):
     add("--schedule", default="cosine", choices=["linear", "cosine", "sigmoid"], help="of beta_t")
     add("--n", type=int, default=100, help="samples to draw, the classes in turn")
     add("--sample-steps", type=int, default=50, help="of DDIM; 0 for all T of Algorithm 2")
-    add("--eta", type=int, default=1, choices=[0, 1], help="1: DDIM draws noise, as DDPM does")
+    add("--eta", type=float, default=2.0, help="noise of DDIM: 0 is none, 1 that of DDPM")
     add("--guidance", type=float, default=1.0, help="scale s; 0 is without labels")
     add("--test-images", type=int, default=64, help="for bits per dimension, a multiple of 8, or 0")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
@@ -299,7 +299,7 @@ def main(argv=None):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
     config = {key: vars(args)[key] for key in ("T", "schedule", "batch_size", "lr", "seed", "amp")}
     limits = {"minutes": 1e-3, "batch_size": 1, "lr": 1e-9, "n": 10, "sample_steps": 0, "seed": 0}
-    limits |= {"steps": 1, "guidance": -99, "test_images": 0, "save_every": 1}
+    limits |= {"steps": 1, "guidance": -99, "eta": 0, "test_images": 0, "save_every": 1}
     try:
         for flag, low in limits.items():
             if (value := vars(args)[flag]) is not None and not low <= value <= 10**9:

@@ -364,9 +364,9 @@ def test_ddim_with_eta_1_and_T_steps_is_algorithm_2():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@given(steps=st.integers(2, 60), eta=st.floats(0, 1))
+@given(steps=st.integers(2, 60), eta=st.floats(0, 1) | st.floats(1, 9))
 def test_ddim_step_is_eq_12_and_16(steps, eta):
-    """Whole path against Eq. (12), (16) in float64 with a_0 = 1."""
+    """Whole path against Eq. (12), (16) in float64 with a_0 = 1; sigma^2 is 1 - a_s at most."""
     T, model = 60, lambda xt, t, y=None: torch.cos(xt) * 0.3
     x = torch.randn(5, 2, generator=seeded(steps))
     states = list(Diffusion(T).ddim_sample_loop(model, x, steps, eta, generator=seeded(9)))
@@ -376,9 +376,28 @@ def test_ddim_step_is_eq_12_and_16(steps, eta):
         eps = torch.cos(x) * 0.3
         x0 = (x - (1 - a[t]).sqrt() * eps) / a[t].sqrt()
         sigma = eta * ((1 - a[s]) / (1 - a[t])).sqrt() * (1 - a[t] / a[s]).sqrt()
+        sigma = torch.minimum(sigma, (1 - a[s]).sqrt())
         z = torch.empty(5, 2).normal_(generator=draws)
         x = a[s].sqrt() * x0 + (1 - a[s] - sigma**2).clamp(min=0).sqrt() * eps + sigma * z
         torch.testing.assert_close(states[i + 1].double(), x, rtol=3e-3, atol=3e-3)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 1.75, math.inf])
+def test_ddim_keeps_the_marginals_for_every_eta(eta):
+    """Song et al. Lemma 1: if the model knows x_0, every x_s is N(sqrt(a_s) x_0, 1 - a_s)."""
+    diffusion, x0, n = Diffusion(100), torch.tensor([0.5, -0.8]), 20_000
+
+    def model(xt, t, y=None):
+        return (xt - diffusion.signal[t, None] * x0) / diffusion.noise[t, None]
+
+    t = torch.full((n,), 100)
+    xT = diffusion.q_sample(x0.expand(n, 2), t, torch.randn(n, 2, generator=seeded(4)))
+    loop = diffusion.ddim_sample_loop(model, xT, 10, eta, generator=seeded(5))
+    for s, xs in zip(range(100, -1, -10), loop, strict=True):
+        want, noise = diffusion.signal[s] * x0, diffusion.noise[s]
+        torch.testing.assert_close(xs.mean(0), want, rtol=0, atol=6 * noise / n**0.5 + 1e-5)
+        spread = 6 * noise / (2 * n) ** 0.5 + 1e-5
+        torch.testing.assert_close(xs.std(0), noise.expand(2), rtol=0, atol=spread)
 
 
 def test_ddim_without_noise_is_deterministic_and_follows_the_flow():

@@ -650,7 +650,7 @@ def test_average_of_the_weights_covers_a_twentieth_of_the_steps(data, tmp_path, 
     assert 9999 - ramp == pytest.approx(9999 / 21, rel=0.01)
 
 
-@pytest.mark.parametrize("steps, eta", [(0, []), (3, []), (3, ["--eta", "0"])])
+@pytest.mark.parametrize("steps, eta", [(0, 2), (3, 2), (3, 0)])
 def test_main_samples_as_asked(steps, eta, data, small, tmp_path, monkeypatch):
     """The loop that --sample-steps names gets noise, the labels in turn, --guidance and --eta."""
     calls = []
@@ -665,13 +665,14 @@ def test_main_samples_as_asked(steps, eta, data, small, tmp_path, monkeypatch):
     for name in ("p_sample_loop", "ddim_sample_loop"):
         monkeypatch.setattr(Diffusion, name, fake(name))
     flags = ["--data", str(data), *TINY, "--n", "300", "--sample-steps", str(steps)]
-    flags += ["--guidance", "2.5", "--test-images", "0", "--out", str(tmp_path), *eta]
+    flags += ["--guidance", "2.5", "--test-images", "0", "--out", str(tmp_path)]
+    flags += ["--eta", str(eta)] if eta != 2 else []
     ddpm_mnist.main(flags)
     name = "ddim_sample_loop" if steps else "p_sample_loop"
     assert [call[0] for call in calls] == [name, name]  # 300 images in two parts
     assert all(more["guidance"] == 2.5 for _, _, more in calls)
     assert all(more.get("steps", 0) == steps for _, _, more in calls)
-    assert all(more.get("eta") == ((not eta) if steps else None) for _, _, more in calls)
+    assert all(more.get("eta") == (eta if steps else None) for _, _, more in calls)
     labels = torch.cat([more["y"] for _, _, more in calls])
     assert labels.tolist() == [k % 10 for k in range(300)]
     assert np.load(tmp_path / "labels.npy").tolist() == labels.tolist()
@@ -793,6 +794,7 @@ def test_two_processes_share_weights_but_not_data_and_write_once(two_processes):
         (["--lr", "nan"], ["--lr", "nan"]),
         (["--minutes", -1], ["--minutes", "-1"]),
         (["--sample-steps", 22], ["--sample-steps", "22", "21"]),
+        (["--eta", -1], ["--eta", "-1", "0"]),
         (["--device", "gpu"], ["--device", "gpu", "cpu"]),
         (["--device", "cuda:99"], ["--device", "cuda:99"]),
         (["--amp", "maybe"], ["--amp", "maybe", "auto"]),
