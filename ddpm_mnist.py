@@ -5,7 +5,7 @@
 """DDPM (Ho et al. 2020, arXiv 2006.11239) with a U-Net on MNIST, judged in bits per dimension.
 
 python ddpm_mnist.py                                     ten minutes of training, two CPU cores
-python ddpm_mnist.py --load weights/ddpm_mnist.pt --T 4000 --test-images 0     digits in seconds
+python ddpm_mnist.py --load weights/ddpm_mnist.pt        a hundred digits in seconds
 torchrun --nproc-per-node 8 ddpm_mnist.py --minutes 2    eight GPUs, eight times the batch
 """
 
@@ -220,8 +220,7 @@ def download(name, file):
     for mirror in MIRRORS:
         try:
             with urlopen(f"{mirror}{name}.gz", timeout=15) as reply:
-                size = int(reply.headers["Content-Length"] or 0)
-                with tqdm.wrapattr(reply, "read", size, desc=name) as body:
+                with tqdm.wrapattr(reply, "read", reply.length, desc=name) as body:
                     packed = b"".join(iter(partial(body.read, 2**16), b""))
             if hashlib.sha256(gzip.decompress(packed)).hexdigest() != FILES[name]:
                 raise ValueError("wrong SHA-256")
@@ -286,42 +285,44 @@ def main(argv=None):
     add("--sample-steps", type=int, default=50, help="of DDIM; 0 for all T of Algorithm 2")
     add("--eta", type=float, default=2.0, help="noise of DDIM: 0 is none, 1 that of DDPM")
     add("--guidance", type=float, default=1.0, help="scale s; 0 is without labels")
-    add("--test-images", type=int, default=64, help="for bits per dimension, a multiple of 8, or 0")
+    add("--test-images", type=int, help="for bits per dimension, by 8 (64; with --load 0)")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
     add("--seed", type=int, default=0, help="of all randomness")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--amp", default="auto", choices=["auto", "on", "off"], help="bfloat16; auto: if faster")
     add("--data", default="data/mnist", help="folder of the four IDX files")
     add("--out", type=Path, default="runs/ddpm_mnist", help="folder for all files")
-    add("--load", type=Path, help="a model.pt to sample from, with the flags that made it")
+    add("--load", type=Path, help="a model.pt to sample from, with its own T and schedule")
     add("--resume", action="store_true", help="go on with the model.pt in --out")
     args = parser.parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
-    config = {key: vars(args)[key] for key in ("T", "schedule", "batch_size", "lr", "seed", "amp")}
-    limits = {"minutes": 1e-3, "batch_size": 1, "lr": 1e-9, "n": 10, "sample_steps": 0, "seed": 0}
-    limits |= {"steps": 1, "guidance": -99, "eta": 0, "test_images": 0, "save_every": 1}
+    kept = ("T", "schedule", "batch_size", "lr", "seed", "amp")  # --resume: all; --load: first two
+    least = dict(minutes=1e-3, steps=1, batch_size=1, lr=1e-9, n=10, guidance=-99, save_every=1)
     try:
-        for flag, low in limits.items():
-            if (value := vars(args)[flag]) is not None and not low <= value <= 10**9:
-                raise ValueError(f"use {low} or more")
+        for flag, value in vars(args).items():
+            if type(value) in (int, float) and not least.get(flag, 0) <= value <= 10**9:
+                raise ValueError(f"use {least.get(flag, 0)} or more")
         flag, auto = "device", torch.accelerator.current_accelerator(check_available=True) or "cpu"
         device = torch.zeros(1, device=auto if args.device == "auto" else args.device).device
-        if device.type == "cuda":
+        if world > 1 and device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        flag, file = ("resume", args.out / "model.pt") if args.resume else ("load", args.load)
+        saved = torch.load(file, device, weights_only=True) if file else {"ddpm_mnist": {}}
+        if "ddpm_mnist" not in saved:
+            raise ValueError("it is not a checkpoint of this script")
+        saved = saved["ddpm_mnist"]
+        made = {key: saved["config"][key] for key in kept[: 6 if args.resume else 2] if file}
+        parser.set_defaults(test_images=0 if args.load else 64, **made)
+        args = parser.parse_args(argv)
+        for flag, value in made.items():
+            if vars(args)[flag] != value:
+                raise ValueError(f"{file} was made with {value}; leave it out")
         flag = "T"
         torch.manual_seed(args.seed)
         diffusion = Diffusion(args.T, args.schedule).to(device)
         flag = "sample_steps"
         if args.sample_steps > args.T:
             raise ValueError(f"use {args.T} at most, which is T")
-        flag, file = ("resume", args.out / "model.pt") if args.resume else ("load", args.load)
-        saved = torch.load(file, device, weights_only=True) if file else {"ddpm_mnist": {}}
-        if "ddpm_mnist" not in saved:
-            raise ValueError("it is not a checkpoint of this script")
-        saved = saved["ddpm_mnist"]
-        for flag in list(config)[: 6 if args.resume else 2] if file else ():
-            if saved["config"][flag] != config[flag]:
-                raise ValueError(f"{file} was made with {saved['config'][flag]}; use that")
         flag = "data"
         *data, folder = load_mnist(args.data)
         x, y, test_x, test_y = (array.to(device) for array in data)
@@ -340,9 +341,8 @@ def main(argv=None):
         flag = "out"
         args.out.mkdir(parents=True, exist_ok=True)
     except Exception as error:  # of the flag being checked; torch.load alone raises a dozen kinds
-        value, flag = vars(args)[flag], flag.replace("_", "-")
         reason = (str(error) or repr(error)).splitlines()[0]
-        parser.error(f"--{flag} {value}: {reason}; see --help")
+        parser.error(f"--{flag.replace('_', '-')} {vars(args)[flag]}: {reason}; see --help")
     clock = lambda x: min(timeit.repeat(lambda: x @ x, number=1, repeat=9))  # seconds
     fast = {"cuda": True, "cpu": clock(torch.eye(256).bfloat16()) < clock(torch.eye(256))}
     amp = args.amp == "on" or args.amp == "auto" and fast.get(device.type, False)
@@ -355,9 +355,9 @@ def main(argv=None):
         x, y = x[rank::world], y[rank::world]  # each rank its own part
 
     def keep():
-        state = {"ema": ema.state_dict(), "net": net.state_dict(), "config": config, "log": log}
-        state = {"ddpm_mnist": state | {"optimizer": optimizer.state_dict(), "amp": amp}}
-        save_atomic(args.out / "model.pt", partial(torch.save, state))
+        state = {"ema": ema.state_dict(), "net": net.state_dict(), "log": log, "amp": amp}
+        state |= {"optimizer": optimizer.state_dict(), "config": {k: vars(args)[k] for k in kept}}
+        save_atomic(args.out / "model.pt", partial(torch.save, {"ddpm_mnist": state}))
 
     start = timeit.default_timer() - (log[-1][3] if log else 0)
     bar = tqdm(None, f"batch {args.batch_size * world}", args.steps, initial=len(log), disable=rank)

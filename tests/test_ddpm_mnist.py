@@ -731,6 +731,22 @@ def test_load_samples_without_training(run, data, tmp_path):
     assert np.abs(a - b).mean() < 2  # the same start and the same weights
 
 
+def test_checkpoint_brings_the_flags_that_made_it(data, small, tmp_path):
+    """--resume all that must not change, --load what the model is made for, and neither more."""
+    made = {"T": 21, "schedule": "linear", "batch_size": 8, "lr": 1e-3, "seed": 3}
+    old, new = str(tmp_path / "old"), str(tmp_path / "new")
+    flags = [word for key, value in made.items() for word in (f"--{key.replace('_', '-')}", value)]
+    short = ["--data", data, "--n", 10, "--sample-steps", 3, "--out"]
+    main = lambda *words: ddpm_mnist.main([str(word) for word in words])
+    main(*short, old, *flags, "--steps", 2, "--test-images", 8)
+    again = main(*short, old, "--steps", 3, "--resume")
+    assert {key: again[key] for key in made} == made and again["steps"] == 3
+    assert again["test_images"] == 64 and again["bits_per_dim"] > 0
+    loaded = main(*short, new, "--load", Path(old) / "model.pt")
+    assert (loaded["T"], loaded["schedule"], loaded["seed"]) == (21, "linear", 0)
+    assert loaded["test_images"] == 0 and "bits_per_dim" not in loaded
+
+
 def start(folder, data, *flags):
     """The script in the background, returned once it has trained a few steps."""
     command = [sys.executable, SCRIPT, *TINY, "--data", data, "--out", folder, *flags]
