@@ -379,6 +379,7 @@ def main(argv=None):
             spread = torch.arange(args.batch_size, device=device) * args.T // args.batch_size
             t = (spread + torch.randint(args.T, (1,), device=device)) % args.T + 1
             t[1::2] = (args.T * (t[1::2] / args.T) ** (1 / 3)).ceil().long()  # p = 3t^2/T^3
+            t[8::16] = (args.T ** (t[8::16] / args.T)).floor().long()  # p = 1 / (t log T), about
             with autocast():
                 loss = diffusion.p_losses(learner, x[pick], label, t, gamma=2)
             if not loss.isfinite():
@@ -440,9 +441,8 @@ def main(argv=None):
     k = torch.linspace(0, len(film) - 1, 10).round()  # draw ten states of the path
     times = (args.T * (1 - k / k[-1])).round().long()
     noised = diffusion.cpu().q_sample(test_x[:1].cpu().expand(10, -1, -1, -1), times, xT[:1].cpu())
-    reverse = torch.stack([film[i][0] for i in k.int()])
     figure, axis = plt.subplots(figsize=(10, 2.4), layout="constrained")
-    axis.imshow(tile(torch.cat([to_bytes(noised), reverse])), "gray")
+    axis.imshow(tile(torch.cat([to_bytes(noised), *(film[i][:1] for i in k.int())])), "gray")
     axis.set_xticks(range(14, 280, 28), [f"t = {t}" for t in times])
     axis.set_yticks([14, 42], ["q(x_t | x_0)", "sampling"])
     save_atomic(args.out / "diffusion_process.png", figure.savefig)

@@ -581,10 +581,11 @@ def test_training_hides_a_tenth_of_the_labels_and_keeps_the_others(data, trained
 
 
 def test_training_spreads_t_from_1_to_T_and_weighs_the_error_in_v(trained_on):
+    """Image i of 100 is i T / 100 steps on, but for the odd ones and every sixteenth."""
+    kept = [i for i in range(0, 100, 2) if i % 16 != 8]
     for _, _, t, gamma in trained_on:
-        counts = torch.bincount(t[::2], minlength=22)
-        assert gamma == 2 and counts[0] == 0 and len(counts) == 22
-        assert ((counts[1:] == 2) | (counts[1:] == 3)).all()  # 50 images over 21 steps
+        assert gamma == 2 and t.min() >= 1 and t.max() <= 21
+        assert [(t[i] - t[0]).item() % 21 for i in kept] == [i * 21 // 100 for i in kept]
     assert len({tuple(t.tolist()) for _, _, t, _ in trained_on}) > 5  # and not always the same ones
 
 
@@ -595,6 +596,15 @@ def test_training_draws_every_second_t_with_density_3_t_squared(trained_on):
         for k in range(1, 22):
             share = (t[1::2] <= k).double().mean().item()
             assert abs(share - (k / 21) ** 3) < 1 / 21 + 1 / 50
+
+
+def test_training_draws_every_sixteenth_t_with_a_density_like_1_over_t(trained_on):
+    """So P(t <= k) = log(k + 1) / log(T), up to one step of T and to 4 standard errors."""
+    t = torch.cat([t[8::16] for _, _, t, _ in trained_on]).double()  # 240
+    for k in range(1, 22):
+        share = (t <= k).double().mean().item()
+        expected = min(1, math.log(k + 1) / math.log(21))
+        assert abs(share - expected) < 1 / 21 + 4 * math.sqrt(expected * (1 - expected) / len(t))
 
 
 @pytest.fixture
