@@ -379,7 +379,7 @@ def main(argv=None):
             spread = torch.arange(args.batch_size, device=device) * args.T // args.batch_size
             t = (spread + torch.randint(args.T, (1,), device=device)) % args.T + 1
             t[1::2] = (args.T * (t[1::2] / args.T) ** (1 / 3)).ceil().long()  # p = 3t^2/T^3
-            t[8::16] = (args.T ** (t[8::16] / args.T)).floor().long()  # p = 1 / (t log T), about
+            t[8::16] = (args.T ** (t[8::16] / args.T)).floor().long()  # p ~ 1/t, as the bits
             with autocast():
                 loss = diffusion.p_losses(learner, x[pick], label, t, gamma=2)
             if not loss.isfinite():

@@ -205,7 +205,7 @@ MUTANTS = [
     (MNIST, "steps=args.sample_steps, eta=args.eta)", "steps=args.sample_steps)", "--eta ignored"),
     (MNIST, "            t[1::2] = (args.T", "            t[1::2] = 0 * (args.T", "t = 0, that is x_0, in the loop of training"),
     (MNIST, "** (1 / 3)).ceil().long()", ").ceil().long()", "every second t not pushed up"),
-    (MNIST, "            t[8::16] = (args.T ** (t[8::16] / args.T)).floor().long()  # p = 1 / (t log T), about\n", "", "no sixteenth for the smallest t"),
+    (MNIST, "            t[8::16] = (args.T ** (t[8::16] / args.T)).floor().long()  # p ~ 1/t, as the bits\n", "", "no sixteenth for the smallest t"),
     (MNIST, "t[8::16] / args.T)).floor().long()", "t[8::16] / args.T)).ceil().long()", "t = 1 left out of the sixteenth"),
     (MNIST, " + math.log(net.classes)) / math.log(2)", ") / math.log(2)", "bound of p(x | y) given as that of p(x)"),
     (MNIST, "\"sample_seconds\": took}", "\"sample_seconds\": bar.format_dict[\"elapsed\"]}", "time of sampling with that of the bound (seen here)"),
