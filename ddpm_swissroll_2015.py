@@ -1,298 +1,298 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.4", "numpy>=1.26", "matplotlib>=3.8", "tqdm>=4.66"]
+# dependencies = ["torch>=2.7", "numpy>=1.26", "matplotlib>=3.8", "tqdm>=4.66"]
 # ///
-"""The first diffusion model, Sohl-Dickstein et al. 2015, arXiv 1503.03585, on its swiss roll.
+"""The first diffusion model (Sohl-Dickstein et al. 2015, arXiv 1503.03585) on its swiss roll.
 
-  forward  q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I), beta_2..T learned  Sec. 2.4.1
-  reverse  p(x_{t-1} | x_t) = N(f_mu(x_t, t), f_Sigma(x_t, t)) for t = 40..1            Eq. (4), (5)
-  train    maximise K, a bound on the log-likelihood whose KL terms have a closed form  Eq. (14)
-
-From the paper: T, RBF layer shared by all steps, a readout for each (App. D.1.1), sigmoid on a
-diagonal f_Sigma, x_0 given x_1 as in q (App. B.1), beta_1 fixed, the others learned. Chosen, where
-it is silent: roll, beta_1, f_mu through an estimate of x_0, readout 0 = forward kernel (as in Eq.
-(64), (65) for images), Adam for SFO, new noise each step. --net mlp has a full f_Sigma: with the
-schedule of the start 40 diagonal steps cannot reach 6.45 bits on this roll, whatever the network.
+Forward. q turns a point x_0 of the data into noise in T = 40 steps. Each step shrinks the point a
+little and adds a little Gaussian noise, until x_T looks like a draw from N(0, I):
+    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)                             Sec. 2.1
+Reverse. p starts with x_T ~ N(0, I) and takes the steps back. If the beta_t are small, these are
+nearly Gaussian too, so a network only has to give the mean and the covariance of each:
+    p(x_{t-1} | x_t) = N(f_mu(x_t, t), f_Sigma(x_t, t))                                  Eq. (5)
+Bound. Training raises K, a lower bound on the mean of log p(x_0). If x_0 is known, Bayes' rule
+gives the true step back. K compares p with it, and the KL divergence of two Gaussians is a formula:
+    K = - sum_{t=2..T} E KL[ q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ]
+        + H_q(X_T | X_0) - H_q(X_1 | X_0) - H_p(X_T)                                    Eq. (14)
+Learned are the network and beta_2, ..., beta_T. Fixed are beta_1 and the last step, p(x_0 | x_1),
+which is a forward step (App. B.1). So K has a ceiling, -h(q(x_1)), whatever the network may be.
+The paper's number is K - L_null in bits, where L_null is the K of a p that knows only N(0, I).
 """
 
 import argparse
 import json
 import math
+from collections import namedtuple
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
-from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-BITS = 1 / math.log(2)  # nats to bits
-L_NULL = -(math.log(2 * math.pi) + 1) * BITS  # the bound of N(0, I): minus its entropy, two axes
+L_NULL = -math.log2(2 * math.pi * math.e)  # minus the entropy of N(0, I) in the plane
+PAPER = 6.45  # K - L_null of the swiss roll in Table 1
+Schedule = namedtuple("Schedule", ["beta", "alpha_bar", "var"])  # over t = 0..T: [T + 1, 1, 1]
 
 
 def roll_curve(u, noise=0.0):
-    """Points [..., 2] of scikit-learn's swiss roll in the plane, u in [0, 1]; float64."""
-    angle = 1.5 * math.pi * (1 + 2 * u.double())
-    mean = torch.tensor([2, 2 / (3 * math.pi)]).double()  # of angle * (cos, sin), exactly
-    var = 4.875 * math.pi**2 + torch.tensor([-0.25, 0.25]) - mean**2
-    raw = torch.stack([angle * angle.cos(), angle * angle.sin()], -1)
-    return (raw - mean) / var.sqrt() * math.sqrt(1 - noise**2)
+    """scikit-learn's swiss roll at u in [0, 1]: [..., 2]. With the noise, E[x_0^2] = 1 per axis."""
+    angle = 1.5 * math.pi * (1 + 2 * u)
+    spiral = torch.stack([angle * angle.cos(), angle * angle.sin()], -1)
+    mean = torch.tensor([2, 2 / (3 * math.pi)])  # over u, exactly
+    square = torch.tensor([-0.25, 0.25]) + 4.875 * math.pi**2
+    return (spiral - mean) / (square - mean**2).sqrt() * math.sqrt(1 - noise**2)
 
 
-def make_swiss_roll(n, noise=0.0, generator=None):
-    """n points float32 [n, 2] in order, one from each n-th of the angle; E[x_0^2] = 1 per axis."""
-    u = (torch.arange(n) + torch.rand(n, generator=generator, dtype=torch.float64)) / n
-    z = torch.randn(n, 2, generator=generator, dtype=torch.float64)
-    return (roll_curve(u, noise) + noise * z).float()
+def make_swiss_roll(n, noise=0.0):
+    """n random points [n, 2], one from each n-th of the curve."""
+    u = (torch.arange(n) + torch.rand(n)) / n
+    return roll_curve(u, noise) + noise * torch.randn(n, 2)
 
 
 def ceiling_bits(noise, beta1):
-    """-h(q(x_1)), which K cannot exceed: minus the entropies along the curve and across it."""
-    curve = math.sqrt(1 - beta1) * roll_curve(torch.linspace(0, 1, 10_001).double(), noise)
-    along = (curve.diff(dim=0).norm(dim=1) * 10_000).log().mean().item()  # speed dc/du
-    var = (1 - beta1) * noise**2 + beta1
-    return -(along + math.log(2 * math.pi * math.e * var) / 2) * BITS
+    """-h(q(x_1)): minus the entropies of x_1 along the curve and across it."""
+    curve = math.sqrt(1 - beta1) * roll_curve(torch.linspace(0, 1, 2001), noise)
+    speed = curve.diff(dim=0).norm(dim=1) * 2000  # length of curve per u
+    across = (1 - beta1) * noise**2 + beta1  # variance
+    return -speed.log2().mean().item() - math.log2(2 * math.pi * math.e * across) / 2
 
 
-def kl_normal(mu1, var1, mu2, var2):
-    """KL( N(mu1, var1) || N(mu2, var2) ) of every entry, in nats."""
-    return (torch.log(var2 / var1) + (var1 + (mu1 - mu2) ** 2) / var2 - 1) / 2
+def kl_normal(mean1, var1, mean2, var2):
+    """KL( N(mean1, var1) || N(mean2, var2) ) of each coordinate, in bits."""
+    nats = (torch.log(var2 / var1) + (var1 + (mean1 - mean2) ** 2) / var2 - 1) / 2
+    return nats / math.log(2)
+
+
+def shear(x, slope):
+    """(x_1, x_2 + slope x_1): correlates two independent coordinates; -slope takes it back."""
+    return torch.stack([x[..., 0], x[..., 1] + slope * x[..., 0]], -1)
 
 
 class DiffusionModel(nn.Module):
-    """Learned schedule s and reverse process. Points are [S, B, 2]: B at each of the S steps t."""
+    """q and p. Points are [B, 2] at one step t, or [S, B, 2] at the S steps of a tensor t."""
 
-    def __init__(self, net, units, outputs, T=40, beta1=1e-5, learn_schedule=True):
+    def __init__(self, net, full=False, T=40, beta1=1e-5, learn_schedule=True):
         super().__init__()
-        self.net, self.T, self.beta1 = net, T, beta1
+        self.net = net
+        self.full = full  # is f_Sigma a full matrix? In the paper it is diagonal
+        self.T = T
+        self.beta1 = beta1
         log_snr = torch.linspace(math.log(1 / beta1 - 1), -1, T, dtype=torch.float64)
-        beta = -torch.expm1(F.logsigmoid(log_snr).diff())  # equal steps in log(signal / noise)
+        alpha_bar = torch.sigmoid(log_snr)  # at first: log(alpha_bar / var) falls in equal steps
+        beta = 1 - alpha_bar[1:] / alpha_bar[:-1]  # beta_2, ..., beta_T
         self.logit_beta = nn.Parameter(beta.logit().float(), learn_schedule)
-        self.readout = nn.Parameter(torch.zeros(T - 1, units, outputs))
+        units = net(torch.zeros(1, 2)).shape[-1]
+        self.readout = nn.Parameter(torch.zeros(T - 1, units, 5 if full else 4))  # one a step
 
     def schedule(self):
-        """beta_t, alpha_bar_t and 1 - alpha_bar_t as [3, T + 1]; float64, for they may be tiny."""
-        logit_1 = -math.log(1 / self.beta1 - 1)
-        logit = F.pad(self.logit_beta.cpu().double(), (1, 0), value=logit_1)  # t = 1..T
-        log_alpha_bar = F.pad(F.logsigmoid(-logit).cumsum(0), (1, 0))  # t = 0..T
-        beta = F.pad(logit.sigmoid(), (1, 0))
-        return torch.stack([beta, log_alpha_bar.exp(), -log_alpha_bar.expm1()]).to(self.logit_beta)
+        """beta, alpha_bar and var = 1 - alpha_bar; in float64 at first, or var_1 has no digits."""
+        fixed = torch.tensor([0, self.beta1], dtype=torch.float64)
+        beta = torch.cat([fixed, self.logit_beta.cpu().double().sigmoid()])  # MPS has no float64
+        alpha_bar = torch.cumprod(1 - beta, 0)
+        table = torch.stack([beta, alpha_bar, 1 - alpha_bar]).to(self.logit_beta.dtype)
+        return Schedule(*table[:, :, None, None].to(self.logit_beta.device))
 
     def q_sample(self, x0, t, eps, s):
-        """x_t given x_0 [B, 2] and noise eps [S, B, 2]."""
-        _, alpha_bar, var = s[:, t, None, None]  # [S, 1, 1]
-        return alpha_bar.sqrt() * x0 + var.sqrt() * eps
+        """x_t of q(x_t | x_0), made with noise eps."""
+        return s.alpha_bar[t].sqrt() * x0 + s.var[t].sqrt() * eps
 
     def q_posterior(self, x0, xt, t, s):
-        """Mean [S, B, 2] and variance [S, 1, 1] of q(x_{t-1} | x_t, x_0), by Bayes' rule."""
-        beta, _, var = s[:, t, None, None]
-        _, alpha_bar, var_before = s[:, t - 1, None, None]
-        mean = alpha_bar.sqrt() * beta * x0 + (1 - beta).sqrt() * var_before * xt
-        return mean / var, beta * var_before / var
+        """Mean and variance of q(x_{t-1} | x_t, x_0), for t >= 2, by Bayes' rule."""
+        from_x0 = s.alpha_bar[t - 1].sqrt() * s.beta[t] * x0
+        from_xt = (1 - s.beta[t]).sqrt() * s.var[t - 1] * xt
+        return (from_x0 + from_xt) / s.var[t], s.beta[t] * s.var[t - 1] / s.var[t]
 
     def reverse(self, xt, t, s):
-        """f_mu and diagonal of f_Sigma [S, B, 2], slope c [S, B] of p(x_{t-1} | x_t), for t >= 2.
-        Given x_1, the mean of x_2 is mu_2 + c (x_1 - mu_1); in the paper c = 0. A readout of zeros
-        makes x0 = sqrt(alpha_bar_t) x_t, so mu = sqrt(1 - beta_t) x_t, var = beta_t: as in q."""
-        beta, alpha_bar, var = s[:, t, None, None]
-        out = self.net(xt) @ self.readout[t - 2]  # [S, B, 4], or 5 with c
-        shift, c = out[..., :2] * (var.sqrt() if out.shape[-1] == 5 else 1), out[..., 4:].sum(-1)
-        mu, _ = self.q_posterior(alpha_bar.sqrt() * xt + shift, xt, t, s)
-        return mu, torch.sigmoid(out[..., 2:4] + beta.logit()), c  # Eq. (64)
+        """Mean, variances and slope of p(x_{t-1} | x_t), for t >= 2. With a readout of zeros, as
+        before training, it is a forward step, N(sqrt(1 - beta_t) x_t, beta_t I), and K = L_null."""
+        out = self.net(xt) @ self.readout[t - 2]  # [S, B, 4 or 5]
+        scale = s.var[t].sqrt() if self.full else 1  # trains better
+        x0 = s.alpha_bar[t].sqrt() * xt + scale * out[..., :2]
+        mean, _ = self.q_posterior(x0, xt, t, s)
+        var = torch.sigmoid(out[..., 2:4] + s.beta[t].logit())  # [S, B, 2], Eq. (64)
+        slope = out[..., 4] if self.full else 0  # [S, B]; more than the paper
+        return mean, var, slope
 
-    def bound(self, x0, eps):
-        """K of Eq. (14) [B] and its KL terms [T - 1, B], in bits, from noise eps [T - 1, B, 2]."""
-        t, s = torch.arange(2, self.T + 1, device=x0.device), self.schedule()
-        xt = self.q_sample(x0, t, eps, s)
-        (mean, var_q), (mu, var, c) = self.q_posterior(x0, xt, t, s), self.reverse(xt, t, s)
-        (d1, d2), (var1, var2), var_q = (mean - mu).unbind(-1), var.unbind(-1), var_q.squeeze(-1)
-        # p is diagonal in (x_1, x_2 - c x_1), where q has the variances var_q and (1 + c^2) var_q
-        kl = kl_normal(d1, var_q, 0, var1) + kl_normal(d2 - c * d1, (1 + c**2) * var_q, 0, var2)
-        kl = BITS * (kl + torch.log1p(c**2) / 2)
-        return BITS * (s[2, -1] / s[2, 1]).log() + L_NULL - kl.sum(0), kl  # H_T - H_1 - H_p - KLs
+    def bound(self, x0, eps=None):
+        """K of Eq. (14) [B] and its KL terms [T - 1, B] in bits, for points x0 [B, 2]. The noise
+        eps does not depend on beta ("frozen noise", Sec. 2.4.1): K has a gradient in beta, too."""
+        s = self.schedule()
+        t = torch.arange(2, self.T + 1, device=x0.device)
+        eps = torch.randn(self.T - 1, *x0.shape, device=x0.device) if eps is None else eps
+        xt = self.q_sample(x0, t, eps, s)  # [T - 1, B, 2]
+        mean_q, var_q = self.q_posterior(x0, xt, t, s)
+        mean_p, var_p, slope = self.reverse(xt, t, s)
+        if self.full:  # undo the shear: then p is diagonal, and q has more variance in x_2
+            kl = kl_normal(shear(mean_q - mean_p, -slope), var_q, 0, var_p).sum(-1)
+            kl = kl + slope**2 * var_q[..., 0] / var_p[..., 1] / (2 * math.log(2))
+        else:
+            kl = kl_normal(mean_q, var_q, mean_p, var_p).sum(-1)
+        entropies = torch.log2(s.var[-1] / s.var[1]).squeeze()  # H_q(X_T | X_0) - H_q(X_1 | X_0)
+        return -kl.sum(0) + entropies + L_NULL, kl  # L_null is -H_p(X_T)
 
     @torch.no_grad()
-    def sample(self, n, generator=None):
-        """Yields x_T, ..., x_0, T + 1 tensors [n, 2]; the last step is the forward kernel."""
+    def p_sample_loop(self, n):
+        """Yields x_T, ..., x_0, each [n, 2]. The last step is a forward step."""
         s = self.schedule()
-        x, *z = torch.randn(self.T + 1, 1, n, 2, generator=generator).to(s)
-        yield x[0]
-        for step in range(self.T, 1, -1):
-            mu, var, c = self.reverse(x, torch.tensor([step], device=s.device), s)
-            z1, z2 = (var.sqrt() * z[step - 1]).unbind(-1)
-            x = mu + torch.stack([z1, z2 + c * z1], -1)
-            yield x[0]
-        yield (math.sqrt(1 - self.beta1) * x + math.sqrt(self.beta1) * z[0])[0]
+        yield (xt := torch.randn(n, 2, device=s.beta.device))
+        for t in range(self.T, 1, -1):
+            mean, var, slope = self.reverse(xt, t, s)
+            z = torch.randn_like(xt)
+            yield (xt := mean + shear(var.sqrt() * z, slope))
+        yield (1 - s.beta[1]).sqrt() * xt + s.beta[1].sqrt() * torch.randn_like(xt)
 
 
 class RBFNetwork(nn.Module):
-    """The paper's: 16 normalised Gaussian bumps, in pairs on both sides of the curve."""
+    """The paper's network: 16 radial basis functions, normalised so that their sum is 1."""
 
     def __init__(self):
         super().__init__()
-        curve = roll_curve((torch.arange(8) + 0.5) / 8).float()
-        self.center = nn.Parameter(torch.cat([0.85 * curve, 1.15 * curve]))
+        curve = roll_curve((torch.arange(8) + 0.5) / 8)
+        self.center = nn.Parameter(torch.cat([0.85 * curve, 1.15 * curve]))  # on both sides of it
         self.log_width = nn.Parameter(torch.full((16,), math.log(0.5)))
 
     def forward(self, x):
-        d2 = (x**2).sum(-1, keepdim=True) - 2 * x @ self.center.T + (self.center**2).sum(1)
-        return torch.softmax(d2 * (-torch.exp(-2 * self.log_width) / 2), -1)  # [S, B, 16]
+        square = (x[..., :1] - self.center[:, 0]) ** 2 + (x[..., 1:] - self.center[:, 1]) ** 2
+        return torch.softmax(-square / (2 * self.log_width.exp() ** 2), -1)  # [S, B, 16]
 
 
-class MLP(nn.Sequential):
-    """The strong one: random Fourier features and three layers."""
+class MLP(nn.Module):
+    """A stronger network: random Fourier features and three layers."""
 
     def __init__(self):
-        layers = (nn.Linear(66, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU())
-        super().__init__(*layers, nn.Linear(128, 128), nn.SiLU())
-        self.register_buffer("waves", torch.randn(2, 32))
+        super().__init__()
+        self.frequency = nn.Buffer(torch.randn(2, 32))
+        self.layers = nn.ModuleList(nn.Linear(n, 128) for n in (66, 128, 128))
 
     def forward(self, x):
-        return super().forward(torch.cat([x, (x @ self.waves).sin(), (x @ self.waves).cos()], -1))
+        angle = x @ self.frequency
+        h = torch.cat([x, angle.sin(), angle.cos()], -1)  # [S, B, 66]
+        for layer in self.layers:
+            h = nn.functional.silu(layer(h))
+        return h  # [S, B, 128]
 
 
-def save(path, write):
-    """Write to a temporary file beside path, then rename: a kill leaves the old file or the new."""
-    temporary = path.with_name("." + path.name)
-    write(temporary)
-    temporary.replace(path)
-
-
-def train(args, model, config, fail):
-    """Gradient ascent on K with Adam, until done or Ctrl-C. Returns a log."""
-    rng = torch.Generator().manual_seed(args.seed)
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
-    state = {"config": config, "model": model.state_dict()}  # by reference
-    log, bar = [], tqdm(range(1, args.steps + 1), desc="train")
-    try:
+def train(model, args):
+    """Gradient ascent on K. Returns K - L_null of each step."""
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99), maximize=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.15)
+    history = []
+    with tqdm(range(1, args.steps + 1), "train") as bar:
         for step in bar:
-            x0 = make_swiss_roll(args.batch_size, args.noise, rng).to(args.device)
-            eps = torch.randn(args.T - 1, args.batch_size, 2, generator=rng).to(args.device)
-            loss = -model.bound(x0, eps)[0].mean()
-            log.append([step, loss.item(), scheduler.get_last_lr()[0], bar.format_dict["elapsed"]])
-            if not loss.isfinite():
-                fail(f"--lr {args.lr}: loss is {loss:g} at step {step}; use a lower one")
+            x0 = make_swiss_roll(args.batch_size, args.noise).to(args.device)
+            K = model.bound(x0)[0].mean()
+            if not K.isfinite():
+                raise SystemExit(f"K is {K:g} at step {step}: choose --lr below {args.lr}")
             optimizer.zero_grad()
-            loss.backward()
+            K.backward()
             optimizer.step()
             scheduler.step()
-            if step % 100 == 0:
-                bar.set_postfix_str(f"K - L_null = {-loss.item() - L_NULL:.2f} bits")
-                save(args.out / "model.pt", lambda path: torch.save(state, path))
-    except KeyboardInterrupt:
-        print(f"\nstopped after step {len(log)}; going on with what was learned")
-    save(args.out / "model.pt", lambda path: torch.save(state, path))
-    head = "step,loss,lr,seconds"
-    save(args.out / "log.csv", lambda f: np.savetxt(f, log, "%.6g", ",", header=head, comments=""))
-    return log
+            history.append(K.item() - L_NULL)
+    return history
 
 
-def _scatter(axis, points, title, colour="#D55E00"):
-    axis.set(title=title, xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), xticks=[], yticks=[], aspect="equal")
-    return axis.scatter(*points.T, s=3, linewidths=0, color=colour)
+def evaluate(model, args, samples):
+    """The metrics, from 64 x 1024 fresh points and from the samples [n, 2]."""
+    data = [make_swiss_roll(1024, args.noise).to(args.device) for _ in range(64)]
+    bounds = torch.cat([model.bound(x0)[0] for x0 in data])
+    K = bounds.mean().item()
+    error = bounds.std().item() / len(bounds) ** 0.5
+    ceiling = ceiling_bits(args.noise, args.beta1)
+    curve = roll_curve(torch.linspace(0, 1, 5000), args.noise)
+    distance = torch.cat([torch.cdist(part, curve).amin(1) for part in samples.split(1000)])
+    off = (~(distance <= 0.1)).double().mean().item()  # so NaN is off the curve as well
+    metrics = dict(K_bits=K, K_error_bits=error, K_minus_null_bits=K - L_NULL, off_curve=off)
+    return metrics | dict(ceiling_minus_null_bits=ceiling - L_NULL, gap_bits=ceiling - K)
 
 
-def draw(args, model, log, kl, ceiling, states):
-    """Figure 1 of the paper, data beside samples, what was learned, and the sampling film."""
-    x0, s = make_swiss_roll(len(states[0]), args.noise), model.schedule()
-    grid = torch.cartesian_prod(*[torch.linspace(-2.5, 2.5, 19)] * 2)
-    figure, axes = plt.subplots(3, 3, figsize=(8, 8.3), layout="constrained")
-    for (q, p, drift), t in zip(axes.T, (0, args.T // 2, args.T), strict=True):
-        xt = model.q_sample(x0, [t], torch.randn(1, *x0.shape), s.cpu())[0]
-        _scatter(q, xt, f"q(x), t = {t}", "#0072B2")
-        _scatter(p, states[args.T - t], f"p(x), t = {t}")
-        mu = model.reverse(grid[None].to(s), torch.tensor([max(t, 2)]), s)[0][0].cpu()
-        _scatter(drift, grid[:0], f"f_mu(x, t) - x, t = {max(t, 2)}")  # none is learned below 2
-        drift.quiver(*grid.T, *(mu - grid).T, angles="xy", color="0.2")
-    save(args.out / "diffusion_process.png", figure.savefig)
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3.7), layout="constrained")
-    _scatter(axes[0], x0, "data", "#0072B2")
-    _scatter(axes[1], states[-1], "samples")
-    save(args.out / "results.png", figure.savefig)
-    figure = plt.figure(figsize=(11, 3.2), layout="constrained")
-    bound = figure.add_subplot(131, title="K - L_null [bits]", ylim=(0, 7))
-    bound.plot(*np.array(log).reshape(-1, 4)[:, :2].T * [[1], [-1]] - [[0], [L_NULL]], lw=0.3)
-    bound.hlines([ceiling - L_NULL, 6.45], 0, args.steps, "k", ["-", ":"])
-    bound.set_xlabel("step (solid line: ceiling, dotted: Table 1 of the paper)")
-    figure.add_subplot(132, title="learned beta_t", xlabel="t", yscale="log").plot(s[0].cpu())
-    terms = figure.add_subplot(133, title="KL terms of Eq. (14) [bits]", xlabel="t")
-    terms.bar(range(2, args.T + 1), kl.tolist())
-    save(args.out / "training.png", figure.savefig)
-    figure, axis = plt.subplots(figsize=(4, 4))
-    move = _scatter(axis, states[0], "x_T, ..., x_0").set_offsets
-    film = FuncAnimation(figure, move, states + [states[-1]] * 15, init_func=list)
-    save(args.out / "sampling.gif", lambda path: film.save(path, PillowWriter(fps=12)))
-    plt.close("all")
+def draw(args, model, states, history):
+    """Figure 1 of the paper: q, p and the drift at t = 0, T/2 and T. Then what was learned."""
+    s = model.schedule()
+    x0 = make_swiss_roll(5000, args.noise)
+    grid = torch.cartesian_prod(*[torch.linspace(-2.7, 2.7, 25)] * 2)
+    figure = Figure(figsize=(7.5, 7.8), layout="constrained")
+    axes = figure.subplots(3, 3, sharex=True, sharey=True)
+    axes[0, 0].set(xlim=(-3, 3), ylim=(-3, 3), xticks=(-2, 0, 2), yticks=(-2, 0, 2))
+    for (q, p, drift), t in zip(axes.T, (0, args.T // 2, args.T)):
+        xt = model.q_sample(x0, t, torch.randn_like(x0), s)
+        q.scatter(*xt.numpy().T, s=2, lw=0, color="tab:blue")
+        q.set_title(f"$q(x_t)$, $t$ = {t}")
+        p.scatter(*states[args.T - t][:5000].numpy().T, s=2, lw=0, color="tab:orange")
+        p.set_title(f"$p(x_t)$, $t$ = {t}")
+        near = grid[torch.cdist(grid, xt).amin(1) < 0.3]  # elsewhere the network saw no x_t
+        arrows = model.reverse(near, max(t, 2), s)[0] - near  # none is learned below 2
+        drift.scatter(*xt.numpy().T, s=2, lw=0, color="lightblue")
+        drift.quiver(*near.numpy().T, *arrows.numpy().T, angles="xy", width=0.004)
+        drift.set_title(rf"$f_\mu(x_t, t) - x_t$, $t$ = {max(t, 2)}")
+    figure.savefig(f"{args.out}/process.png", dpi=150)
+
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    bound, beta, terms = figure.subplots(1, 3)
+    bound.plot(history, lw=0.3)
+    bound.axhline(ceiling_bits(args.noise, args.beta1) - L_NULL, color="black", label="ceiling")
+    bound.axhline(PAPER, color="black", ls=":", label="Table 1 of the paper")
+    bound.set(title="$K - L_{null}$ [bits]", xlabel="step of training", ylim=(0, None))
+    bound.legend()
+    beta.semilogy(range(1, args.T + 1), s.beta[1:].flatten().numpy())
+    beta.set(title=r"learned $\beta_t$", xlabel="$t$")
+    terms.bar(range(2, args.T + 1), model.bound(x0[::5])[1].mean(1).numpy())
+    terms.set(title="KL terms of Eq. (14) [bits]", xlabel="$t$")
+    figure.savefig(f"{args.out}/training.png", dpi=150)
 
 
 def main(argv=None):
-    """Train or load, evaluate, sample, draw. Returns the metrics."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message.splitlines()[0]}\n")
+    """Train, sample, evaluate and draw. Returns the metrics."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--net", choices=["rbf", "mlp"], default="rbf", help="the paper's, or strong")
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    add("--net", default="rbf", choices=["rbf", "mlp"], help="the paper's, or a stronger one")
     add("--noise", type=float, default=0.0, help="noise of the roll itself, 0 to 0.1")
-    add("--beta1", type=float, default=1e-5, help="fixed variance of the first step, 1e-7 to 0.01")
-    add("--fixed-schedule", action="store_true", help="do not learn beta_2..T")
-    add("--steps", type=int, help="of training (rbf 10000, mlp 2500)")
-    add("--batch-size", type=int, default=256, help="points, each at all T - 1 steps")
-    add("--lr", type=float, help="peak learning rate (rbf 0.04, mlp 0.008)")
+    add("--beta1", type=float, default=1e-5, help="variance of the first step, 1e-7 to 0.01")
+    add("--fixed-schedule", action="store_true", help="do not learn beta_2, ..., beta_T")
+    add("--steps", type=int, help="of training (rbf: 10000, mlp: 2500)")
+    add("--batch-size", type=int, default=256, help="points of a training step")
+    add("--lr", type=float, help="learning rate at the start (rbf: 0.04, mlp: 0.008)")
     add("--T", type=int, default=40, help="steps of the diffusion, 2 to 1000")
-    add("--seed", type=int, default=0, help="of everything random")
-    add("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
-    add("--out", type=Path, default="runs/ddpm_swissroll_2015", help="folder for all files")
-    add("--load", type=Path, help="a model.pt made with these flags: evaluate it, do not train")
-    rbf = parser.parse_args(argv).net == "rbf"
-    parser.set_defaults(steps=10_000 if rbf else 2500, lr=0.04 if rbf else 0.008)
+    add("--samples", type=int, default=10_000, help="samples to draw")
+    add("--seed", type=int, default=0, help="of all randomness")
+    add("--device", default=str(device), help="cpu, cuda, mps, ...")
+    add("--out", default="runs/ddpm_swissroll_2015", help="folder for all files")
     args = parser.parse_args(argv)
-    config = {flag: vars(args)[flag] for flag in ("net", "noise", "beta1", "T", "fixed_schedule")}
-    ranges = {"noise": (0, 0.1), "beta1": (1e-7, 0.01), "T": (2, 1000), "seed": (0, 2**32)}
-    ranges |= {"steps": (1, 10**8), "batch_size": (1, 10**6), "lr": (1e-6, 10)}
+    steps, lr = {"rbf": (10_000, 0.04), "mlp": (2500, 0.008)}[args.net]
+    args.steps = steps if args.steps is None else args.steps
+    args.lr = lr if args.lr is None else args.lr
+    limits = dict(noise=(0, 0.1), beta1=(1e-7, 0.01), lr=(1e-9, 10), T=(2, 1000), seed=(0, 1e9))
+    limits |= dict.fromkeys(["steps", "batch_size", "samples"], (1, 1e6))
+    for name, (low, high) in limits.items():
+        if not low <= getattr(args, name) <= high:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} {getattr(args, name)}: choose {low:g} to {high:g}")
     try:
-        for flag, (low, high) in ranges.items():
-            if not low <= vars(args)[flag] <= high:
-                raise ValueError(f"choose {low} to {high}")
-        flag, mps = "device", torch.backends.mps.is_available()
-        auto = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        args.device = auto if args.device == "auto" else args.device
-        torch.manual_seed(args.seed)
-        net = (RBFNetwork(), 16, 4) if rbf else (MLP(), 128, 5)
-        model = DiffusionModel(*net, args.T, args.beta1, not args.fixed_schedule).to(args.device)
-        flag = "load"
-        saved = torch.load(args.load, args.device, weights_only=True) if args.load else None
-        if saved and saved["config"] != config:
-            raise ValueError(f"it was made with {saved['config']}; give the same flags")
-        model.load_state_dict(saved["model"] if saved else model.state_dict())
-        flag = "out"
-        args.out.mkdir(parents=True, exist_ok=True)
-    except Exception as error:  # of the flag being checked; torch.load alone raises a dozen kinds
-        parser.error(f"--{flag.replace('_', '-')} {vars(args)[flag]}: {str(error) or repr(error)}")
-    log = [] if args.load else train(args, model, config, parser.error)
-    g, ceiling = torch.Generator().manual_seed(args.seed + 1), ceiling_bits(args.noise, args.beta1)
-    with torch.no_grad():
-        data = [make_swiss_roll(1024, args.noise, g).to(args.device) for _ in range(64)]  # fresh
-        eps = (torch.randn(args.T - 1, 1024, 2, generator=g).to(args.device) for _ in data)
-        K, kl = zip(*map(model.bound, data, eps), strict=True)
-        K, kl = torch.cat(K), sum(kl).mean(1).cpu() / len(kl)
-        bar = tqdm(model.sample(5000, g), "sample", args.T + 1)
-        states, seconds = [x.cpu() for x in bar], bar.format_dict["elapsed"]
-        draw(args, model, log, kl, ceiling, states)
-    curve = roll_curve((torch.arange(5000) + 0.5) / 5000, args.noise).float()
-    far = (torch.cdist(states[-1], curve).amin(1) > 0.1).float().mean().item()
-    K, error, train_seconds = K.mean().item(), K.std().item() / 256, log[-1][3] if log else 0.0
-    metrics = {"K_bits": K, "K_error_bits": error, "K_minus_null_bits": K - L_NULL, "loss": -K}
-    metrics |= {"ceiling_minus_null_bits": ceiling - L_NULL, "gap_bits": ceiling - K}
-    metrics |= {"off_curve": far, "train_seconds": train_seconds, "sample_seconds": seconds}
-    print("\n".join(f"{key:26} {value:8.3f}" for key, value in metrics.items()))
-    print(f"paper, Table 1: K = 2.35, K - L_null = 6.45 bits. Files are in {args.out}")
-    metrics |= {"script": "ddpm_swissroll_2015", "torch": torch.__version__, **vars(args)}
-    metrics |= {"steps": len(log), "parameters": sum(p.numel() for p in model.parameters())}
-    text = json.dumps(metrics, indent=2, default=str)
-    save(args.out / "metrics.json", lambda path: path.write_text(text))
-    save(args.out / "samples.npy", lambda path: np.save(path, states[-1].numpy()))
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        torch.empty(1, device=args.device)
+    except (OSError, RuntimeError, AssertionError) as error:
+        flag = "out" if isinstance(error, OSError) else "device"
+        parser.error(f"--{flag} {vars(args)[flag]}: {str(error).splitlines()[0]}")
+
+    torch.manual_seed(args.seed)
+    net = RBFNetwork() if args.net == "rbf" else MLP()
+    model = DiffusionModel(net, args.net == "mlp", args.T, args.beta1, not args.fixed_schedule)
+    history = train(model.to(args.device), args)
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    torch.save({"model": weights, "flags": vars(args)}, f"{args.out}/model.pt")
+    model.requires_grad_(False)
+
+    states = [xt.cpu() for xt in tqdm(model.p_sample_loop(args.samples), "sample", args.T + 1)]
+    np.save(f"{args.out}/samples.npy", states[-1].numpy())
+    metrics = evaluate(model, args, states[-1])
+    valid = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+    Path(args.out, "metrics.json").write_text(json.dumps(valid | vars(args), indent=1))
+
+    draw(args, model.cpu(), states, history)
+    print("\n".join(f"{key:24}{value:8.3f}" for key, value in metrics.items()))
+    print(f"The paper has K - L_null = {PAPER} bits. All files are in {args.out}")
     return metrics
 
 

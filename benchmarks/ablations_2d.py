@@ -1,7 +1,7 @@
 """What a choice in ddpm_2d.py is worth: one table for each question that a reader may ask.
 
-  python benchmarks/ablations_2d.py                  all of them, about ten minutes on two cores
-  python benchmarks/ablations_2d.py schedule T       some: schedule, T, skip, ema, sigma, guidance
+python benchmarks/ablations_2d.py               all of them, about ten minutes on two idle cores
+python benchmarks/ablations_2d.py schedule T    some: schedule, T, skip, sigma
 
 All on one toy set and one seed, with the defaults of the script in everything else.
 """
@@ -13,28 +13,72 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
+from torch import nn
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from compare_2d import scores  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 import ddpm_2d  # noqa: E402
+from benchmarks.compare_2d import scores, toy_data  # noqa: E402
 
-OUT = ROOT / "runs" / "ablations_2d"
+NAMES = ["schedule", "T", "skip", "sigma"]
 
 
-def run(data, *flags):
-    """The metrics of one run of the script."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return ddpm_2d.main(["--data", data, "--out", str(OUT), *map(str, flags)])
+def sigmoid_schedule(T):
+    """beta of Jabri et al. 2022 (arXiv 2212.11972), start -3, end 3, tau 1: float64 [T + 1]. An
+    example of a schedule of your own: any beta [T + 1] with beta[0] = 0 will do."""
+    u = torch.linspace(0, 1, T + 1, dtype=torch.float64)  # t / T
+    signal = torch.sigmoid(3 - 6 * u)
+    alpha_bar = (signal - signal[-1]) / (signal[0] - signal[-1])
+    beta = torch.zeros(T + 1, dtype=torch.float64)
+    beta[1:] = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    return beta
+
+
+class NoSkip(nn.Module):
+    """In place of the diffusion inside a network: leaves its output as it is."""
+
+    def q_sample(self, v, t, eps):
+        return v
+
+
+class PlainPredictor(ddpm_2d.NoisePredictor):
+    """The same network, but its output is eps itself: v and the skip from x_t are gone."""
+
+    def __init__(self, diffusion):
+        super().__init__(diffusion)
+        self.diffusion = NoSkip()
+
+
+def load(out):
+    """Diffusion, network and standardised samples [n, 2] of the run in a folder."""
+    saved = torch.load(out / "model.pt", map_location="cpu", weights_only=True)
+    make_beta = getattr(ddpm_2d, saved["schedule"] + "_schedule")
+    diffusion = ddpm_2d.Diffusion(make_beta(saved["T"]))
+    net = ddpm_2d.NoisePredictor(diffusion)
+    net.load_state_dict(saved["net"])
+    samples = (torch.from_numpy(np.load(out / "samples.npy")) - saved["mean"]) / saved["std"]
+    return diffusion, net, samples.float()
+
+
+def run(args, *flags):
+    """The metrics of one run of the script, and both sliced Wasserstein ratios."""
+    flags = ["--data", args.data, "--steps", args.steps, "--out", args.out, *flags]
+    with contextlib.redirect_stdout(io.StringIO()):
+        metrics = ddpm_2d.main([str(flag) for flag in flags])
+    diffusion, net, samples = load(args.out)
+    *_, fast = diffusion.ddim_sample_loop(net, torch.randn_like(samples), min(50, diffusion.T))
+    metrics["swd_ratio"] = scores(samples, toy_data(args.data))["swd_ratio"]
+    metrics["ddim_swd_ratio"] = scores(fast, toy_data(args.data))["swd_ratio"]
+    return metrics
 
 
 def table(title, rows):
-    """Print one table of metrics; rows are (name, metrics)."""
+    """Print one table; rows is {name: metrics}."""
     print(f"\n| {title} | excess loss | bound - entropy | swd ratio | DDIM-50 | off support |")
-    print("|---|---|---|---|---|---|", flush=True)
-    for name, m in rows:
+    print("|---|---|---|---|---|---|")
+    for name, m in rows.items():
         gap = m["bound_nats"] - m["entropy_nats"]
         print(
             f"| {name} | {m['excess_loss']:.2%} | {gap:.3f} | {m['swd_ratio']:.2f} "
@@ -43,112 +87,70 @@ def table(title, rows):
         )
 
 
-class Raw(torch.nn.Module):
-    """In place of the diffusion inside a network: its output is eps, not a correction."""
-
-    def q_sample(self, net, t, xt):
-        return net
-
-
-def without_skip():
-    """Networks made inside give eps itself, and not a correction of the best linear guess."""
-    make = ddpm_2d.NoisePredictor.__init__
-
-    def init(self, *args):
-        make(self, *args)
-        self.diffusion = Raw()
-
-    return patch.object(ddpm_2d.NoisePredictor, "__init__", init)
-
-
-def without_ema():
-    """The average of the weights is the last weights."""
-    average = ddpm_2d.get_ema_multi_avg_fn
-    return patch.object(ddpm_2d, "get_ema_multi_avg_fn", lambda decay: average(0.0))
-
-
-def trained(data_name):
-    """Toy data, diffusion and the network of a default run."""
-    run(data_name)
-    data, diffusion = ddpm_2d.load_data(data_name)[0], ddpm_2d.Diffusion(1000, "cosine")
-    net = ddpm_2d.NoisePredictor(diffusion, int(data.labels.max()) + 1)
-    net.load_state_dict(torch.load(OUT / "model.pt", weights_only=True)["ema"])
-    return data, diffusion, net
-
-
 @torch.no_grad()
-def large(diffusion, net, x, y, steps):
-    """The sampler with sigma^2 = beta of the steps taken, "sigma-hat" of DDIM, Sec. 5."""
+def large_variance(diffusion, net, xt, steps):
+    """DDIM's sampler with noise of variance beta of the steps taken, "sigma-hat" of its Sec. 5."""
     times = [round(diffusion.T * k / steps) for k in range(steps, -1, -1)]
-    for t, s in zip(torch.tensor(times).split(1), times[1:]):
-        x0 = diffusion.predict_x0(x, t, eps := net(x, t.expand(len(x)), y))
-        beta = -torch.expm1(torch.log1p(-diffusion.beta[s + 1 : t + 1]).sum())
-        tilde = beta * (diffusion.noise[s] / diffusion.noise[t]) ** 2
-        x = diffusion.signal[s] * x0 + (diffusion.noise[s] ** 2 - tilde).sqrt() * eps
-        x = x + beta.sqrt() * torch.randn_like(x) * (s > 0)
-    return x
+    for t, s in zip(times, times[1:]):
+        eps = net(xt, torch.full((len(xt),), t))
+        a_t = diffusion.alpha_bar[t]
+        a_s = diffusion.alpha_bar[s]
+        x0 = (xt - (1 - a_t) ** 0.5 * eps) / a_t**0.5
+        beta = 1 - a_t / a_s
+        beta_tilde = (1 - a_s) / (1 - a_t) * beta
+        z = torch.randn_like(xt) if s > 0 else 0
+        xt = a_s**0.5 * x0 + (1 - a_s - beta_tilde) ** 0.5 * eps + beta**0.5 * z
+    return xt
 
 
-def sigma(data, diffusion, net, n=10_000):
-    """Variance of the sampler at 1000, 50 and 10 steps, with labels drawn as in the data."""
-    torch.manual_seed(0)
-    y, xT = data.sample(n)[1], torch.randn(n, 2)
+def sigma(args):
+    """Print the table for the variance of the sampler, at 1000, 50 and 10 steps. It needs a run of
+    the defaults in --out."""
+    diffusion, net, samples = load(args.out)
+    data = toy_data(args.data)
     print("\n| steps | sigma^2 | swd ratio | off support |\n|---|---|---|---|")
     for steps in (1000, 50, 10):
-        ways = {"0 (DDIM)": 0.0, "beta-tilde": 1.0, "beta": None}
-        for name, eta in ways.items():
-            if eta is None:
-                x = large(diffusion, net, xT, y, steps)
-            else:
-                *_, x = diffusion.ddim_sample_loop(net, xT, steps, eta, y)
+        torch.manual_seed(0)
+        xT = torch.randn_like(samples)
+        *_, none = diffusion.ddim_sample_loop(net, xT, steps, eta=0.0)
+        *_, small = diffusion.ddim_sample_loop(net, xT, steps, eta=1.0)
+        large = large_variance(diffusion, net, xT, steps)
+        for name, x in {"0 (DDIM)": none, "beta-tilde": small, "beta": large}.items():
             m = scores(x, data)
             row = f"| {steps} | {name} | {m['swd_ratio']:.2f} | {m['off_support']:.2%} |"
             print(row, flush=True)
 
 
-def guidance(data, diffusion, net, n=10_000):
-    """Guidance scale: how sure the exact classifier is of the label, and what it costs."""
-    torch.manual_seed(0)
-    y, xT = data.sample(n)[1], torch.randn(n, 2)
-    classes = range(net.classes)
-    print(
-        "\n| guidance | label by the exact density | swd ratio | off support |\n|---|---|---|---|"
-    )
-    for scale in (0.0, 1.0, 2.0, 4.0):
-        *_, x = diffusion.ddim_sample_loop(net, xT, 50, y=y, guidance=scale)
-        log_p = torch.stack([data.log_prob(x, torch.full_like(y, k)) for k in classes], 1)
-        right, m = (log_p.argmax(1) == y).float().mean().item(), scores(x, data)
-        print(
-            f"| {scale:g} | {right:.1%} | {m['swd_ratio']:.2f} | {m['off_support']:.2%} |",
-            flush=True,
-        )
-
-
 def main(argv=None):
-    """Print the chosen tables."""
-    names = ["schedule", "T", "skip", "ema", "sigma", "guidance"]
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", default=names, help=", ".join(names))
-    parser.add_argument("--data", default="swissroll", help="a toy set of ddpm_2d.py")
+    """Print the chosen tables. Returns {question: {choice: metrics}} of all but sigma."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    add("--data", default="swissroll", choices=list(ddpm_2d.TOYS), help="a toy set of ddpm_2d.py")
+    add("--steps", type=int, default=4000, help="of training, in each run")
+    add("--out", type=Path, default=ROOT / "runs" / "ablations_2d", help="folder of the last run")
     args = parser.parse_args(argv)
-    base = run(args.data)
-    if "schedule" in args.names:
-        others = [(s, run(args.data, "--schedule", s)) for s in ("linear", "sigmoid")]
-        table("schedule", [("cosine", base), *others])
-    if "T" in args.names:
-        table("T", [*((T, run(args.data, "--T", T)) for T in (50, 200)), (1000, base)])
-    if "skip" in args.names:
-        with without_skip():
-            table("skip", [("with", base), ("without", run(args.data))])
-    if "ema" in args.names:
-        with without_ema():
-            table("EMA", [("0.995", base), ("none", run(args.data))])
-    if {"sigma", "guidance"} & {*args.names}:
-        parts = trained(args.data)
-        if "sigma" in args.names:
-            sigma(*parts)
-        if "guidance" in args.names:
-            guidance(*parts)
+    names = args.names or NAMES
+    if not set(names) <= set(NAMES):
+        parser.error(f"{' '.join(names)}: choose from {', '.join(NAMES)}")
+
+    base = run(args)
+    if "sigma" in names:
+        sigma(args)
+    results = {}
+    if "schedule" in names:
+        linear = run(args, "--schedule", "linear")
+        with patch.object(ddpm_2d, "cosine_schedule", sigmoid_schedule):
+            sigmoid = run(args)
+        results["schedule"] = {"cosine": base, "linear": linear, "sigmoid": sigmoid}
+    if "T" in names:
+        results["T"] = {50: run(args, "--T", 50), 200: run(args, "--T", 200), 1000: base}
+    if "skip" in names:
+        with patch.object(ddpm_2d, "NoisePredictor", PlainPredictor):
+            results["skip"] = {"with": base, "without": run(args)}
+    for question, rows in results.items():
+        table(question, rows)
+    return results
 
 
 if __name__ == "__main__":

@@ -1,0 +1,183 @@
+"""What holds for the whole repository: layout of the scripts, shared text, pages and commands."""
+
+import ast
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(ROOT.glob("ddpm_*.py"))
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md"))]
+README = PAGES[0].read_text()
+
+
+@pytest.fixture(params=SCRIPTS, ids=lambda path: path.name)
+def script(request):
+    return request.param
+
+
+def nodes(path, kind):
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kind)]
+
+
+def test_there_are_three_scripts():
+    names = [path.name for path in SCRIPTS]
+    assert names == ["ddpm_2d.py", "ddpm_mnist.py", "ddpm_swissroll_2015.py"]
+
+
+def test_script_has_at_most_300_lines_of_100_columns(script):
+    lines = script.read_text().splitlines()
+    assert len(lines) <= 300
+    assert max(map(len, lines)) <= 100
+
+
+def test_script_says_one_thing_a_line(script):
+    for assign in nodes(script, ast.Assign):
+        packed = isinstance(assign.targets[0], ast.Tuple) and isinstance(assign.value, ast.Tuple)
+        assert not packed, f"line {assign.lineno}: tuple to tuple"
+        assert not isinstance(assign.value, ast.Lambda), f"line {assign.lineno}: named lambda"
+    yielded = {id(node.value) for node in nodes(script, ast.Yield)}
+    for walrus in nodes(script, ast.NamedExpr):
+        assert id(walrus) in yielded, f"line {walrus.lineno}: walrus"
+    for node in nodes(script, ast.AST):
+        body = getattr(node, "body", [])
+        starts = [child.lineno for child in body] if isinstance(body, list) else []
+        assert len(set(starts)) == len(starts), f"two statements on a line: {starts}"
+
+
+def test_functions_are_short(script):
+    for function in nodes(script, ast.FunctionDef):
+        length = function.end_lineno - function.lineno + 1
+        assert length <= (80 if function.name == "main" else 45), function.name
+
+
+def test_script_imports_no_other_script_and_no_pyplot(script):
+    imports = nodes(script, ast.Import)
+    names = {alias.name for node in imports for alias in node.names}
+    names |= {node.module for node in nodes(script, ast.ImportFrom)}
+    assert not names & {other.stem for other in SCRIPTS}
+    assert not any("pyplot" in name for name in names)
+    packages = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    assert packages <= {"torch", "numpy", "matplotlib", "tqdm"}
+
+
+def test_script_catches_no_blanket_exception(script):
+    for handler in nodes(script, ast.ExceptHandler):
+        names = {name.id for name in ast.walk(handler.type) if isinstance(name, ast.Name)}
+        assert not names & {"Exception", "BaseException"}, f"line {handler.lineno}"
+
+
+def test_public_definitions_have_docstrings(script):
+    tree = ast.parse(script.read_text())
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            assert ast.get_docstring(node), node.name
+        for method in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(method, ast.FunctionDef) and method.name not in ("__init__", "forward"):
+                assert ast.get_docstring(method), method.name
+
+
+def definitions(path):
+    """Source of the top-level functions and of the methods, by qualified name."""
+    source = path.read_text()
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = ast.get_source_segment(source, node)
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = ast.get_source_segment(source, node)
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef):
+                    text = ast.get_source_segment(source, method)
+                    found[f"{node.name}.{method.name}"] = text
+    return found
+
+
+def test_what_the_ddpm_scripts_share_has_the_same_text():
+    first = definitions(ROOT / "ddpm_2d.py")
+    second = definitions(ROOT / "ddpm_mnist.py")
+    for name in ("q_sample", "p_losses", "ddim_sample_loop"):
+        assert first[f"Diffusion.{name}"] == second[f"Diffusion.{name}"]
+    assert first["cosine_schedule"] == second["cosine_schedule"]
+
+
+def test_requirements_are_pinned():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pins.keys() == {"torch", "numpy", "matplotlib", "tqdm", "pytest", "hypothesis"}
+
+
+def test_readme_is_short_and_names_the_lines_of_each_script():
+    assert len(README.splitlines()) <= 160
+    for path in SCRIPTS:
+        row = next(line for line in README.splitlines() if line.startswith(f"| [`{path.name}`]"))
+        assert f"| {len(path.read_text().splitlines())} |" in row
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_of_pages_lead_to_files_and_headings(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        file, _, heading = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)", target.read_text(), re.M)
+            slugs = [re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles]
+            assert heading in slugs, link
+    for picture in re.findall(r"!\[(.*?)\]", text):
+        assert picture.strip(), "a picture without alternative text"
+
+
+TINY = {
+    "ddpm_2d.py": "--steps 3 --T 21 --samples 100 --batch-size 8",
+    "ddpm_swissroll_2015.py": "--steps 2 --T 5 --samples 100",
+    "ddpm_mnist.py": "--steps 1 --samples 10 --sample-steps 1",
+}
+PLACES = {"NAME": "moons", "SEED": "3", "mine.npz": "data/mnist.npz", "points.csv": "moons"}
+COMMANDS = {
+    command.strip()
+    for page in PAGES
+    for command in re.findall(r"(?:^|`)python ((?:\w+/)?\w+\.py[^`#\n]*)", page.read_text(), re.M)
+}
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_of_the_pages_runs(command, tmp_path, monkeypatch):
+    """Scripts with a tiny budget, benchmarks and mutants up to their --help."""
+    monkeypatch.chdir(ROOT)
+    name, *flags = [PLACES.get(word, word) for word in shlex.split(command)]
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", [str((ROOT / name).parent), *sys.path])
+    spec.loader.exec_module(module)
+    if name in TINY:
+        module.main([*flags, *TINY[name].split(), "--out", str(tmp_path)])
+        assert (tmp_path / "samples.npy").exists()
+    else:
+        with pytest.raises(SystemExit) as exit:
+            module.main([*flags, "--help"])
+        assert exit.value.code == 0
+
+
+def test_nothing_names_the_machine_it_was_made_on():
+    for path in [*SCRIPTS, *PAGES, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        if path.name != Path(__file__).name:
+            assert not re.search(r"/(work|root|home|tmp)/", path.read_text()), path
+
+
+def test_derivations_name_only_functions_and_tests_that_exist():
+    text = (ROOT / "docs" / "derivations.md").read_text()
+    files = {"2d": "ddpm_2d.py", "roll": "ddpm_swissroll_2015.py", "mnist": "ddpm_mnist.py"}
+    for short, name in re.findall(r"`(2d|roll|mnist): ([\w.]+)`", text):
+        assert name in definitions(ROOT / files[short]), f"{short}: {name}"
+    tests = "".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
+    named = re.findall(r"`(test_\w+)`", text)
+    assert len(named) > 30
+    for name in named:
+        assert f"def {name}(" in tests, name
