@@ -8,6 +8,7 @@ torchrun --nproc-per-node 8 ddpm_mnist.py             eight GPUs, eight times th
 
 import argparse
 import os
+import zlib
 from pathlib import Path
 from pickle import UnpicklingError
 from zipfile import BadZipFile
@@ -25,7 +26,8 @@ URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
 SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
 RANK = int(os.environ.get("RANK", 0))  # number of this process, set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # number of processes
-UNREADABLE = (OSError, ValueError, LookupError, RuntimeError, EOFError, BadZipFile, UnpicklingError)
+UNREADABLE = (OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, RuntimeError)
+UNREADABLE += (AssertionError, BadZipFile, UnpicklingError, zlib.error)
 
 
 def cosine_schedule(T):
@@ -159,11 +161,11 @@ def load_images(path):
     if "x_train" not in getattr(arrays, "files", []):
         raise ValueError(f"should be an .npz file with an array x_train, but is {arrays!r:.200}")
     x = arrays["x_train"]
-    y = arrays.get("y_train", np.zeros(len(x), int))
+    y = arrays.get("y_train", np.zeros(x.shape[:1], int))
     found = f"x_train {x.dtype} {list(x.shape)} and y_train {y.dtype} {list(y.shape)}"
-    x = x.reshape(*x.shape[:3], -1)  # [n, H, W, C]
+    x = x[..., None] if x.ndim == 3 else x  # [n, H, W, C]
     fits = (x.dtype, x.ndim, y.shape) == (np.uint8, 4, x.shape[:1]) and y.dtype.kind in "iu"
-    if not fits or x.shape[1] % 4 or x.shape[2] % 4 or x.shape[3] not in (1, 3):
+    if not fits or not len(x) or x.shape[1] % 4 or x.shape[2] % 4 or x.shape[3] not in (1, 3):
         wanted = "uint8 [n, H, W] or [n, H, W, 1 or 3], H and W divisible by 4, and n integers"
         raise ValueError(f"{path} holds {found}, but should hold {wanted}")
     labels, y = np.unique(y, return_inverse=True)
@@ -179,9 +181,8 @@ def train(args, net, x, y, saved):
     parts = {"net": net, "ema": average.module, "optimizer": optimizer}
     losses = saved["losses"]  # the same list: what is appended here is saved below
     average.n_averaged += len(losses)  # at 0 the first update would copy net
-    if args.resume:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
+    for name, part in parts.items() if args.resume else ():
+        part.load_state_dict(saved[name])
 
     learner = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     for step in tqdm(range(len(losses), args.steps), "train", disable=RANK > 0):
@@ -205,10 +206,9 @@ def train(args, net, x, y, saved):
         average.update_parameters(net)
         losses.append(loss.item())
         if RANK == 0 and (len(losses) % 100 == 0 or len(losses) == args.steps):
-            state = {name: part.state_dict() for name, part in parts.items()}
             file = args.out / "model.part"
             try:
-                torch.save(saved | state, file)
+                torch.save(saved | {name: part.state_dict() for name, part in parts.items()}, file)
                 file.replace(args.out / "model.pt")  # at once: a kill leaves the old one whole
             except (OSError, RuntimeError) as error:
                 file.unlink(missing_ok=True)
@@ -273,8 +273,8 @@ def main(argv=None):
         if args.load or args.resume:
             net.load_state_dict(saved["net" if args.resume else "ema"])
         elif checkpoint.exists() and RANK == 0:
-            print(f"{checkpoint} becomes {checkpoint.rename(args.out / 'model.old.pt')}")
-    except (*UNREADABLE, AssertionError) as error:
+            print(f"{checkpoint} becomes {checkpoint.replace(args.out / 'model.old.pt')}")
+    except UNREADABLE as error:
         parser.error(f"cannot start with {file}: {type(error).__name__}: {error}".splitlines()[0])
 
     if not args.load:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 L_NULL = -math.log2(2 * math.pi * math.e)  # minus the entropy of N(0, I) in the plane
 PAPER = 6.45  # K - L_null of the swiss roll in Table 1
-Schedule = namedtuple("Schedule", ["beta", "alpha_bar", "var"])  # over t = 0..T: [T + 1, 1, 1]
+Schedule = namedtuple("Schedule", ["beta", "alpha_bar", "var"])  # of t: [T + 1, 1, 1]
 
 
 def roll_curve(u, noise=0.0):
@@ -84,10 +84,10 @@ class DiffusionModel(nn.Module):
         beta = 1 - alpha_bar[1:] / alpha_bar[:-1]  # beta_2, ..., beta_T
         self.logit_beta = nn.Parameter(beta.logit().float(), learn_schedule)
         units = net(torch.zeros(1, 2)).shape[-1]
-        self.readout = nn.Parameter(torch.zeros(T - 1, units, 5 if full else 4))  # one a step
+        self.readout = nn.Parameter(torch.zeros(T - 1, units, 5 if full else 4))  # t = 2..T
 
     def schedule(self):
-        """beta, alpha_bar and var = 1 - alpha_bar; in float64 at first, or var_1 has no digits."""
+        """beta, alpha_bar and var = 1 - alpha_bar at 0..T; float64 first, or var_1 is inexact."""
         fixed = torch.tensor([0, self.beta1], dtype=torch.float64)
         beta = torch.cat([fixed, self.logit_beta.cpu().double().sigmoid()])  # MPS has no float64
         alpha_bar = torch.cumprod(1 - beta, 0)
@@ -134,7 +134,7 @@ class DiffusionModel(nn.Module):
 
     @torch.no_grad()
     def p_sample_loop(self, n):
-        """Yields x_T, ..., x_0, each [n, 2]. The last step is a forward step."""
+        """Yields x_T, ..., x_0, each [n, 2]; the last step is not learned, it is a forward step."""
         s = self.schedule()
         yield (xt := torch.randn(n, 2, device=s.beta.device))
         for t in range(self.T, 1, -1):
@@ -175,7 +175,7 @@ class MLP(nn.Module):
 
 
 def train(model, args):
-    """Gradient ascent on K. Returns K - L_null of each step."""
+    """Gradient ascent on K; the learning rate rises, then falls. Returns all K - L_null."""
     optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99), maximize=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.15)
     history = []
@@ -253,7 +253,7 @@ def main(argv=None):
     add("--fixed-schedule", action="store_true", help="do not learn beta_2, ..., beta_T")
     add("--steps", type=int, help="of training (rbf: 10000, mlp: 2500)")
     add("--batch-size", type=int, default=256, help="points of a training step")
-    add("--lr", type=float, help="learning rate at the start (rbf: 0.04, mlp: 0.008)")
+    add("--lr", type=float, help="highest learning rate (rbf: 0.04, mlp: 0.008)")
     add("--T", type=int, default=40, help="steps of the diffusion, 2 to 1000")
     add("--samples", type=int, default=10_000, help="samples to draw")
     add("--seed", type=int, default=0, help="of all randomness")

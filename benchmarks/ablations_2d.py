@@ -64,7 +64,8 @@ def load(out):
 
 def run(args, *flags):
     """The metrics of one run of the script, and both sliced Wasserstein ratios."""
-    flags = ["--data", args.data, "--steps", args.steps, "--out", args.out, *flags]
+    flags = ["--data", args.data, "--steps", args.steps, "--samples", args.samples, *flags]
+    flags += ["--out", args.out]
     with contextlib.redirect_stdout(io.StringIO()):
         metrics = ddpm_2d.main([str(flag) for flag in flags])
     diffusion, net, samples = load(args.out)
@@ -128,6 +129,7 @@ def main(argv=None):
     add("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
     add("--data", default="swissroll", choices=list(ddpm_2d.TOYS), help="a toy set of ddpm_2d.py")
     add("--steps", type=int, default=4000, help="of training, in each run")
+    add("--samples", type=int, default=10_000, help="to judge, of each run")
     add("--out", type=Path, default=ROOT / "runs" / "ablations_2d", help="folder of the last run")
     args = parser.parse_args(argv)
     names = args.names or NAMES

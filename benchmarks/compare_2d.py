@@ -230,8 +230,8 @@ def peak_megabytes(process="self"):
     return max([0, *map(int, re.findall(r"VmHWM:\s*(\d+)", status))]) / 1024  # 0: it has ended
 
 
-def one_run(name, data, seconds, seed, n=10_000):
-    """Train, sample and judge one package: a list with one row for each of its samplers."""
+def one_run(name, data, seconds, seed, n):
+    """Train one package, draw n samples of each of its samplers and judge them: a row for each."""
     stand_in.install()
     torch.manual_seed(seed)
     net, steps, samplers = PACKAGES[name](data.sample, seconds)
@@ -325,16 +325,19 @@ def main(argv=None):
     add("--data", default="swissroll", choices=list(TOYS), help="a toy set of ddpm_2d.py")
     add("--seconds", type=float, nargs="+", default=[5, 10, 20], help="budgets of training")
     add("--seeds", type=int, default=3, help="runs of each")
+    add("--samples", type=int, default=10_000, help="to judge, of each run")
     add("--out", type=Path, default=ROOT / "runs" / "compare_2d", help="folder for both files")
     add("--one", nargs=3, help=argparse.SUPPRESS)  # package, seconds, seed
     args = parser.parse_args(argv)
     if args.one:
         name, seconds, seed = args.one
-        print(json.dumps(one_run(name, toy_data(args.data), float(seconds), int(seed))))
+        data = toy_data(args.data)
+        print(json.dumps(one_run(name, data, float(seconds), int(seed), args.samples)))
         return None
+    flags = ["--data", args.data, "--samples", args.samples, "--one"]
     rows = []
     for seconds, seed, name in tqdm(list(product(args.seconds, range(args.seeds), PACKAGES))):
-        rows += in_a_process(__file__, ["--data", args.data, "--one", name, seconds, seed])
+        rows += in_a_process(__file__, [*flags, name, seconds, seed])
     middle = medians(rows)
     args.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"data": args.data, "rows": rows, "medians": middle}, indent=1)

@@ -6,19 +6,18 @@ python benchmarks/judge_2d.py runs/spirals
 Writes training.png, score.png, density.png and sampling.gif into the folder, in standardised
 coordinates. Points of your own have no known density: they get training.png and sampling.gif.
 
-The model's density is that of the probability-flow ODE from T down to t = 1, beside the exact
-density of x_1. So the data end is x_1, not x_0: a known density, blurred by sqrt(beta_1) only (0.006
-at T = 1000, where the Gaussians of the data are 0.08 wide), which no last, noiseless step has changed.
+The model's density is that of the probability-flow ODE at t = 1, beside the exact density of x_1.
+This is the data, blurred by sqrt(beta_1) (0.006 at T = 1000; the Gaussians of the data are 0.08
+wide). The last step, from x_1 to x_0, is left out: it is no flow, and it changes the density.
 """
 
 import argparse
 import io
 import math
-import pickle
 import sys
-import zipfile
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import numpy as np
@@ -33,25 +32,23 @@ import ddpm_2d  # noqa: E402
 from ddpm_2d import TOYS, Diffusion, NoisePredictor, ToyData  # noqa: E402
 
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError)
-BROKEN += (pickle.UnpicklingError, zipfile.BadZipFile)  # of a file
 
-SWD = """swd_ratio: {swd_ratio}
-    is how far samples.npy is from true samples (sliced Wasserstein-1 distance), compared with how
-    far sets of as many true samples are from each other: these have 1, in the mean, and single
-    sets {swd_low} to {swd_high}.
+SAMPLES = """swd_ratio: {swd_ratio}
+    is how far samples.npy is from true samples (sliced Wasserstein-1 distance), compared with
+    how far two sets of as many true samples are from each other: these have 1 in the mean, and
+    five pairs had {swd_low} to {swd_high}.
 ddim_swd_ratio: {ddim_swd_ratio}
     is the same for fresh samples in {ddim_steps} steps of DDIM, eta 0."""
 DENSITY = """excess_loss: {excess_loss}
-    is how much the loss, a mean over t, is above that of the best possible network: at best 0.
-kl_nats: {kl_nats} +- {kl_error}
-    is the KL divergence from the exact density of x_1 to the model's, by the probability-flow ODE:
-    what the model costs per point, in nats, beside the truth. At best 0.
-solver_kl_nats: {solver_kl_nats} +- {solver_kl_error}
-    is the same number for the exact score: what the solver adds by itself.
+    is how much the loss, a mean over t, is above the lowest possible one, as a share of it.
+kl_nats: {kl_nats} +- {kl_nats_error}
+    is the KL divergence of the model's density of x_1 from the exact one: what it costs, in nats
+    a point, to believe the model. At best 0. On the grid of density.png: {grid_kl_nats}.
+solver_kl_nats: {solver_kl_nats} +- {solver_kl_nats_error}
+    is the same number for the exact score: the solver's own error.
 model_mass: {model_mass}
-    is the model's density summed over density.png: 1, if nothing lies outside and the solver is
-    right."""
-OWN_POINTS = "No density is known of {data}: no score.png, no density.png, no kl_nats."
+    is the model's density, summed over that grid: 1 if the solver is right and little is outside."""
+OWN_POINTS = "The density of {data} is not known: no score.png, no density.png, no kl_nats."
 
 
 class Run(NamedTuple):
@@ -59,41 +56,41 @@ class Run(NamedTuple):
 
     diffusion: Diffusion
     net: NoisePredictor
-    data: ToyData
+    data: ToyData  # sigma = 0: points of a user
     name: str  # of the data
     losses: list
     samples: torch.Tensor  # standardised, float64 [n, 2]
 
 
 def read_run(folder):
-    """The run in a folder. Raises one of BROKEN, with the name of the file."""
-    file = folder / "model.pt"
+    """The run in a folder. Raises ValueError with the name of the file that is at fault."""
     try:
+        file = folder / "model.pt"
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        make_beta = getattr(ddpm_2d, saved["schedule"] + "_schedule")
-        diffusion = Diffusion(make_beta(saved["T"]))
+        schedule = {"linear": ddpm_2d.linear_schedule, "cosine": ddpm_2d.cosine_schedule}
+        diffusion = Diffusion(schedule[saved["schedule"]](saved["T"]))
         net = NoisePredictor(diffusion).requires_grad_(False)
         net.load_state_dict(saved["net"])
         mean = saved["mean"]
         std = saved["std"]
         losses = saved["losses"]
-        name = file = saved["data"]
-        toy = name in TOYS
-        points = torch.view_as_real(TOYS[name]) if toy else ddpm_2d.read_points(name)
+        file = saved["data"]
+        toy = file in TOYS
+        points = torch.view_as_real(TOYS[file]) if toy else ddpm_2d.read_points(file)
         file = folder / "samples.npy"
         samples = (torch.from_numpy(np.load(file)) - mean) / std
         if samples.shape != (len(samples), 2):
             raise ValueError(f"{list(samples.shape)} is not [n, 2]")
-    except BROKEN as error:
+    except (*BROKEN, UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{file}: {type(error).__name__} {reason}") from error
     sigma = 0.08 if toy else 0.0  # as in ddpm_2d.py
     centers = (points - mean) / std * (1 - sigma**2) ** 0.5
-    return Run(diffusion, net, ToyData(centers.float(), sigma), name, losses, samples)
+    return Run(diffusion, net, ToyData(centers.float(), sigma), saved["data"], losses, samples)
 
 
 def sliced_wasserstein(a, b, directions=64):
-    """Wasserstein-1 distance of two clouds [n, 2], a mean over directions evenly in the plane."""
+    """Wasserstein-1 distance of two clouds [n, 2], the mean over directions around the circle."""
     angle = torch.arange(directions, dtype=torch.float64) * torch.pi / directions
     axes = torch.stack([angle.cos(), angle.sin()])  # [2, directions]
     gap = (a.double() @ axes).sort(0).values - (b.double() @ axes).sort(0).values
@@ -101,11 +98,10 @@ def sliced_wasserstein(a, b, directions=64):
 
 
 def judge_samples(run):
-    """Ratios of the distances to true samples, and the range of this ratio among true samples."""
+    """Distances to true samples, by that of true samples from each other, and its range."""
     n = len(run.samples)
     steps = min(50, run.diffusion.T)
-    for fast in run.diffusion.ddim_sample_loop(run.net, torch.randn(n, 2), steps):
-        pass  # to the last, x_0
+    *_, fast = run.diffusion.ddim_sample_loop(run.net, torch.randn(n, 2), steps)
     true = [run.data.sample(n) for _ in range(5)]
     pairs = [sliced_wasserstein(x, run.data.sample(n)) for x in true]
     unit = np.mean(pairs)
@@ -122,9 +118,9 @@ def density_at(run, t):
     return ToyData(signal * run.data.centers, math.hypot(signal * run.data.sigma, noise))
 
 
-def excess(run, t, n=2000):
-    """Loss at t above the best possible one, as a share of it. The errors of both differ by
-    E || eps_theta - E[eps | x_t] ||^2, which is less noisy than their difference."""
+def excess(run, t, n=4000):
+    """Loss at t above the lowest possible one, as a share of it. Their difference is
+    E || eps_theta - E[eps | x_t] ||^2, which n points tell better than both losses do."""
     steps = torch.full((n,), t)
     eps = torch.randn(n, 2)
     xt = run.diffusion.q_sample(run.data.sample(n), steps, eps)
@@ -133,41 +129,233 @@ def excess(run, t, n=2000):
     return (gap / (eps - ideal).square().mean()).item()
 
 
-def velocity(diffusion, model, xt, t):
-    """dx_t / dphi and its divergence. With signal = cos(phi) and noise = sin(phi) the
-    probability-flow ODE is dx_t / dphi = v, here v = (eps_theta - noise x_t) / signal."""
+def velocity(diffusion, model, t, xt):
+    """dx_t / dphi [n, 2] of the probability-flow ODE, where signal = cos(phi), noise = sin(phi):
+    this is v = (eps_theta - noise x_t) / signal, and stays finite at both ends."""
     signal = diffusion.alpha_bar[t] ** 0.5
     noise = (1 - diffusion.alpha_bar[t]) ** 0.5
-    xt = xt.detach().requires_grad_()
-    with torch.enable_grad():
-        eps = model(xt, torch.full((len(xt),), t))
-        row0 = torch.autograd.grad(eps[:, 0].sum(), xt, retain_graph=True)[0]  # of the Jacobian
-        row1 = torch.autograd.grad(eps[:, 1].sum(), xt)[0]
-    divergence = (row0[:, 0] + row1[:, 1] - 2 * noise) / signal
-    return (eps.detach() - noise * xt.detach()) / signal, divergence
+    return (model(xt, torch.full((len(xt),), t)) - noise * xt) / signal
 
 
-def solver_times(diffusion, steps):
-    """Integers t from 1 to T, the nearest to a grid of phi that is finer near the data."""
+@torch.enable_grad()
+def with_divergence(function, x):
+    """function(x) [n, 2] and its divergence [n], exact: a backward pass for each coordinate."""
+    x = x.detach().requires_grad_()
+    y = function(x)
+    row0 = torch.autograd.grad(y[:, 0].sum(), x, retain_graph=True)[0]  # of the Jacobian
+    row1 = torch.autograd.grad(y[:, 1].sum(), x)[0]
+    return y.detach(), row0[:, 0] + row1[:, 1]
+
+
+@torch.no_grad()
+def log_density(diffusion, model, x1, steps=200):
+    """The model's log-density [n] at points x_1 [n, 2], from x_T ~ N(0, I) and the instantaneous
+    change of variables, d log p(x_t) / dphi = -div v. Heun's method for x_t, trapezoids for
+    log p, on a grid of phi that is finer near the data, rounded to whole t: the network has
+    learned no others."""
     phi = np.arccos(np.sqrt(diffusion.alpha_bar))  # 0..pi / 2, [T + 1]
     wanted = phi[1] + (phi[-1] - phi[1]) * np.linspace(0, 1, steps + 1) ** 2
-    times = np.unique(np.abs(phi[1:, None] - wanted).argmin(0) + 1)
-    return times.tolist(), phi[times].tolist()
-
-
-def log_density(diffusion, model, x1, steps=100):
-    """Log-density [n] of the model at points x_1 [n, 2]: Heun's method for x_t, the trapezoidal
-    rule for d log p(x_t) / dphi = -divergence, only at integers t, as the network knows no others."""
-    times, phi = solver_times(diffusion, steps)
+    times = np.unique(np.abs(phi[1:, None] - wanted).argmin(0) + 1).tolist()  # 1, ..., T
     xt = x1
-    total = torch.zeros(len(x1))  # integral of the divergence
-    slope, divergence = velocity(diffusion, model, xt, times[0])
-    for k in range(1, len(times)):
-        h = phi[k] - phi[k - 1]
-        with torch.no_grad():
-            ahead = euler_slope(diffusion, model, xt + h * slope, times[k])
-        xt = xt + h * (slope + ahead) / 2
-        total += h / 2 * divergence
-        slope, divergence = velocity(diffusion, model, xt, times[k])
-        total += h / 2 * divergence
-    return total - xt.square().sum(1) / 2 - math.log(2 * math.pi)  # x_T ~ N(0, I)
+    integral = torch.zeros(len(x1))  # of div v
+    v, div = with_divergence(partial(velocity, diffusion, model, 1), xt)
+    for s, t in zip(times, times[1:]):
+        h = phi[t] - phi[s]
+        ahead = velocity(diffusion, model, t, xt + h * v)
+        xt = xt + h * (v + ahead) / 2
+        integral += h * div / 2
+        v, div = with_divergence(partial(velocity, diffusion, model, t), xt)
+        integral += h * div / 2
+    return integral - xt.square().sum(1) / 2 - math.log(2 * math.pi)
+
+
+def in_parts(run, model, points, name):
+    """log_density of many points, with a progress bar."""
+    parts = tqdm(points.split(2048), name)
+    return torch.cat([log_density(run.diffusion, model, part) for part in parts])
+
+
+def divergence_nats(run, model, n, name):
+    """KL(exact || model) of x_1 in nats with its standard error, from n points."""
+    x1 = run.diffusion.q_sample(run.data.sample(n), torch.ones(n, dtype=int), torch.randn(n, 2))
+    gap = (density_at(run, 1).log_prob(x1) - in_parts(run, model, x1, name)).double()
+    return {name: gap.mean().item(), f"{name}_error": gap.std().item() / n**0.5}
+
+
+def plane(half, n):
+    """Points [n * n, 2] of a square grid over -half..half, row by row from below."""
+    line = torch.linspace(-half, half, n)
+    return torch.cartesian_prod(line, line).flip(1)
+
+
+def depth(log_p):
+    """How many standard deviations from its top a point would be, if p were a Gaussian."""
+    return (2 * (log_p.max() - log_p)).sqrt()
+
+
+def frame(ax, half, title):
+    """Axes of the square -half..half of the plane."""
+    ax.set_title(title, fontsize=10)
+    ax.set(xlim=(-half, half), ylim=(-half, half), aspect="equal", xticks=[], yticks=[])
+
+
+def heat(ax, half, values, level=None, extend="neither", **style):
+    """An image of values on a grid; where a level is given, a colour bar, and white above 3."""
+    n = math.isqrt(len(values))
+    ends = (-half, half, -half, half)
+    image = ax.imshow(values.view(n, n).numpy(), extent=ends, origin="lower", **style)
+    if level is not None:
+        line = np.linspace(-half, half, n)
+        ax.contourf(line, line, level.view(n, n).numpy(), [3, 1e9], colors="white")
+        ax.figure.colorbar(image, ax=ax, extend=extend)
+
+
+def draw_training(file, run, n):
+    """Loss by step, error by t. Returns excess_loss, if the lowest possible loss is known."""
+    T = run.diffusion.T
+    x0 = run.data.sample(n)
+    edges = np.unique(np.geomspace(1, T + 1, 41).round().astype(int))
+    models = {"network": run.net}
+    if run.data.sigma:
+        models["best possible"] = partial(run.data.ideal_eps, run.diffusion)
+    figure = Figure(figsize=(4 * len(models) + 4, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(models) + 1)
+    axes[0].semilogx(np.arange(len(run.losses)) + 1, run.losses, color="C0", alpha=0.3)
+    width = math.ceil(len(run.losses) / 100)
+    smooth = np.convolve(run.losses, np.ones(width) / width, "valid")
+    axes[0].plot(np.arange(len(smooth)) + (width + 1) / 2, smooth, color="C0")
+    axes[0].set(xlabel="training step", title="loss", xlim=(1, None))
+    lines = {"network": {"lw": 4, "alpha": 0.5}, "best possible": {"color": "k"}}
+    means = []
+    for name, model in models.items():
+        error = run.diffusion.variational_bound(model, x0)[1].numpy() / 2  # as in the loss
+        means.append(error.mean())
+        steps = np.add.reduceat(error, edges[:-1] - 1) / np.diff(edges)
+        axes[1].stairs(steps, edges, baseline=None, label=name, **lines[name])
+    axes[1].set(xlabel="t", title="squared error of eps", xscale="log", xlim=(1, T + 1))
+    if len(models) == 1:
+        figure.savefig(file, dpi=150)
+        return {}
+    axes[0].axhline(means[1], color="k")
+    axes[1].legend(frameon=False)
+    share = [100 * excess(run, t) for t in edges[:-1].tolist()]
+    axes[2].loglog(edges[:-1], share, "o-", ms=3)
+    axes[2].set(xlabel="t", title="excess of the error over the best possible", xlim=(1, T + 1))
+    axes[2].yaxis.set_major_formatter("{x:g} %")
+    figure.savefig(file, dpi=150)
+    return {"excess_loss": means[0] / means[1] - 1}
+
+
+def draw_score(file, run, grid):
+    """Rows t = T / 20, T / 10, T / 5: sqrt(1 - alpha_bar_t) * score = -eps, exact and learned."""
+    ideal = partial(run.data.ideal_eps, run.diffusion)
+    blues = ["#a6cbe3", "#cde0f1", "#e9f2fa"]
+    figure = Figure(figsize=(10, 9.6), layout="constrained")
+    for row, share in zip(figure.subplots(3, 3), (20, 10, 5)):
+        t = max(1, run.diffusion.T // share)
+        exact = density_at(run, t)
+        half = (exact.centers.abs().max() + 3.2 * exact.sigma).item()
+        line = np.linspace(-half, half, grid)
+        fine = plane(half, grid)
+        level = depth(exact.log_prob(fine))
+        coarse = plane(half * 19 / 20, 20)
+        coarse = coarse[exact.log_prob(coarse) > exact.log_prob(fine).max() - 3**2 / 2]
+        for ax, model, name in zip(row, (ideal, run.net), ("exact", "learned")):
+            ax.contourf(line, line, level.view(grid, grid).numpy(), [0, 1, 2, 3], colors=blues)
+            arrows = -model(coarse, torch.full((len(coarse),), t))
+            style = {"scale_units": "width", "scale": 36, "width": 0.005, "minlength": 0.5}
+            ax.quiver(*coarse.T.numpy(), *arrows.T.numpy(), color="#08306b", **style)
+            frame(ax, half, f"{name}, t = {t}")
+        steps = torch.full((len(fine),), t)
+        gap = (run.net(fine, steps) - ideal(fine, steps)).norm(dim=1)
+        top = gap[level < 3].quantile(0.99).nan_to_num(1).item()
+        heat(row[2], half, gap, level, "max", cmap="magma_r", vmin=0, vmax=top)
+        frame(row[2], half, f"norm of the difference; excess loss {excess(run, t):.2%}")
+    figure.savefig(file, dpi=150)
+
+
+def draw_density(file, run, grid, kl):
+    """The exact density of x_1, the model's, their log-ratio; returns two sums over the grid."""
+    exact = density_at(run, 1)
+    half = (exact.centers.abs().max() + 4 * exact.sigma).item()
+    points = plane(half, grid)
+    log_q = exact.log_prob(points)
+    log_p = in_parts(run, run.net, points, file.name)
+    figure = Figure(figsize=(12, 3.7), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    top = log_q.max().exp().item()
+    for ax, values in ((left, log_q), (middle, log_p)):
+        heat(ax, half, values.exp(), cmap="Blues", vmin=0, vmax=top, interpolation="bilinear")
+    figure.colorbar(middle.images[0], ax=middle, extend="max")
+    style = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1, "interpolation": "bilinear"}
+    heat(right, half, log_p - log_q, depth(log_q), "both", **style)
+    frame(left, half, "exact density")
+    frame(middle, half, "the model's, by the probability-flow ODE")
+    frame(right, half, f"log(model / exact); KL = {kl:.3f} nats")
+    figure.savefig(file, dpi=150)
+    area = (2 * half / (grid - 1)) ** 2
+    kl = (log_q.exp() * (log_q - log_p)).sum().item() * area
+    return {"grid_kl_nats": kl, "model_mass": log_p.exp().sum().item() * area}
+
+
+def draw_sampling(file, run, n):
+    """Algorithm 2 in some 40 frames, which come faster near the data; the last one is held."""
+    T = run.diffusion.T
+    wanted = {round(T * (k / 40) ** 2) for k in range(41)}
+    half = 1.3 * run.data.sample(1000).abs().max().item()
+    frames = []
+    states = run.diffusion.p_sample_loop(run.net, torch.randn(n, 2))
+    for k, xt in enumerate(tqdm(states, file.name, T + 1)):
+        if T - k in wanted:
+            figure = Figure(figsize=(4, 4.2), layout="constrained")
+            ax = figure.subplots()
+            ax.scatter(*xt.T.numpy(), s=4, lw=0)
+            frame(ax, half, f"t = {T - k}")
+            buffer = io.BytesIO()
+            figure.savefig(buffer, dpi=100)
+            frames.append(Image.open(buffer).convert("RGB").quantize(64))
+    times = [80] * (len(frames) - 1) + [3000]  # milliseconds
+    frames[0].save(file, save_all=True, append_images=frames[1:], duration=times, loop=0)
+
+
+def judge(folder, run, grid, points):
+    """The numbers of a run; draws its pictures into the folder."""
+    numbers = judge_samples(run) | draw_training(folder / "training.png", run, -(-points // 8))
+    if run.data.sigma:
+        ideal = partial(run.data.ideal_eps, run.diffusion)
+        numbers |= divergence_nats(run, run.net, points, "kl_nats")
+        numbers |= divergence_nats(run, ideal, points // 4, "solver_kl_nats")
+        draw_score(folder / "score.png", run, grid)
+        numbers |= draw_density(folder / "density.png", run, grid, numbers["kl_nats"])
+    draw_sampling(folder / "sampling.gif", run, points // 2)
+    return numbers
+
+
+def main(argv=None):
+    """Judge the runs. Returns {folder: {name: number}}; a number that is not finite is None."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="folder of model.pt and samples.npy")
+    add("--grid", type=int, default=120, help="densities are drawn on grid x grid points")
+    add("--points", type=int, default=4000, help="that estimate kl_nats; fewer for the rest")
+    args = parser.parse_args(argv)
+    if args.grid < 4 or args.points < 8:
+        parser.error("--grid must be 4 or more, --points 8 or more")
+    try:
+        runs = {str(folder): read_run(folder) for folder in args.runs}
+    except ValueError as error:
+        parser.error(str(error))
+    results = {}
+    for folder, run in runs.items():
+        torch.manual_seed(0)
+        numbers = judge(Path(folder), run, args.grid, args.points)
+        words = {name: f"{x:.4g}" for name, x in numbers.items()} | {"data": run.name}
+        print(f"\n{folder}: {run.name}, {len(run.samples):,} samples")
+        print(SAMPLES.format(**words))
+        print((DENSITY if run.data.sigma else OWN_POINTS).format(**words))
+        results[folder] = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+    return results
+
+
+if __name__ == "__main__":
+    main()

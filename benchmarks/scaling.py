@@ -25,6 +25,8 @@ sys.path.insert(0, str(ROOT))
 import ddpm_mnist  # noqa: E402
 from benchmarks.compare_2d import clock, peak_megabytes  # noqa: E402
 
+BATCH = 64  # of each process under torchrun
+
 
 def mnist_speed(batch, threads, seconds):
     """Images per second in training: forward, backward and AdamW."""
@@ -68,6 +70,7 @@ def torchrun_seconds(folder, processes, steps):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", processes, "--", ROOT / "ddpm_mnist.py", "--device", "cpu"]
     command += ["--out", folder, "--steps", steps, "--samples", 1, "--sample-steps", 1]
+    command += ["--batch-size", BATCH]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     start = time.perf_counter()
     subprocess.run(list(map(str, command)), env=env, check=True, capture_output=True)
@@ -78,7 +81,7 @@ def torchrun_speed(folder, processes, steps):
     """Images per second, from a longer and a shorter run, so that the start does not count."""
     short = torchrun_seconds(folder, processes, 10)
     long = torchrun_seconds(folder, processes, 10 + steps)
-    return 64 * processes * steps / (long - short)
+    return BATCH * processes * steps / (long - short)
 
 
 def draw(results, path):
@@ -107,12 +110,13 @@ def main(argv=None):
     add("--seconds", type=float, default=4, help="for each batch size and number of threads")
     add("--steps", type=int, default=100, help="of training under torchrun")
     add("--batch-sizes", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128])
+    add("--threads", type=int, nargs="+", default=[1, 2])
     add("--T", type=int, nargs="+", default=[100, 300, 1000, 3000])
     add("--samples", type=int, nargs="+", default=[1000, 4000, 16_000, 64_000])
     add("--out", type=Path, default=ROOT / "runs" / "scaling", help="folder for both files")
     args = parser.parse_args(argv)
     results = {"mnist": {}, "torchrun": {}}
-    for threads in (1, 2):
+    for threads in args.threads:
         speeds = [(batch, mnist_speed(batch, threads, args.seconds)) for batch in args.batch_sizes]
         results["mnist"][threads] = speeds
         print(f"threads: {threads}; (batch, images per second):", speeds, flush=True)

@@ -1,12 +1,13 @@
 """The maths of ddpm_swissroll_2015.py against independent oracles, then the script as it is run.
 
 Statistical checks are seeded and allow six standard errors: a correct script fails one of them with
-a chance below 1e-8, were there no seed. Means and variances are of 50,000 draws: 4 % would show.
+a chance below 1e-8, were there no seed. Means and variances are of 30,000 draws: 5 % would show.
 """
 
 import argparse
 import json
 import math
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -22,7 +23,7 @@ from tests.pretend_device import pretend_device
 few = settings(max_examples=10, deadline=None)
 seeds = st.integers(0, 2**31)
 both = pytest.mark.parametrize("full", [False, True], ids=["rbf", "mlp"])
-N = 50_000
+N = 30_000
 
 
 @pytest.fixture(autouse=True)
@@ -55,16 +56,12 @@ def cubature(n, steps):
     return points.repeat(n, 1).expand(steps, 4 * n, 2)
 
 
-# ---- the data
-
-
 def test_the_roll_is_that_of_scikit_learn_standardised():
     u = torch.linspace(0, 1, 50).double()
     angle = 1.5 * math.pi * (1 + 2 * u)  # as in sklearn.datasets.make_swiss_roll
     raw = torch.stack([angle * angle.cos(), angle * angle.sin()], 1)
-    mine = m.roll_curve(u)
-    for axis in range(2):  # the same up to a shift and a positive scale
-        assert np.corrcoef(raw[:, axis], mine[:, axis])[0, 1] > 1 - 1e-10
+    for mine, theirs in zip(m.roll_curve(u).T, raw.T):  # up to a shift and a positive scale
+        assert np.corrcoef(mine, theirs)[0, 1] > 1 - 1e-10
     curve = m.roll_curve((torch.arange(100_000) + 0.5) / 100_000)
     assert curve.mean(0).abs().max() < 1e-5
     assert (curve.square().mean(0) - 1).abs().max() < 1e-5
@@ -89,14 +86,8 @@ def test_the_ceiling_is_minus_the_entropy_of_x1(noise, beta1):
     log_q = Normal(curve.double(), var**0.5).log_prob(x1[:, None].double()).sum(-1)
     log_q = (log_q.logsumexp(1) - math.log(5000)) / math.log(2)
     assert abs(m.ceiling_bits(noise, beta1) - log_q.mean()) < 6 * log_q.std() / n**0.5
-
-
-def test_the_ceiling_has_the_known_values_and_rises_as_beta1_falls():
     values = [m.ceiling_bits(0, beta1) - m.L_NULL for beta1 in (1e-3, 1e-4, 1e-5)]
-    assert values == pytest.approx([3.372, 5.034, 6.695], abs=0.002)
-
-
-# ---- the schedule and the forward process
+    assert values == pytest.approx([3.372, 5.034, 6.695], abs=0.002)  # by hand
 
 
 @few
@@ -158,9 +149,6 @@ def test_the_posterior_is_bayes_rule_on_a_grid(t, x0, xt, seed):
     assert (weight @ (grid - mean) ** 2).item() == pytest.approx(std**2, rel=1e-3)
 
 
-# ---- the bound
-
-
 @few
 @given(seeds)
 def test_kl_normal_is_that_of_torch_distributions_in_bits(seed):
@@ -204,6 +192,8 @@ def test_bound_of_the_forward_kernel_is_L_null_for_any_data_of_unit_second_momen
     K, kl = model.bound(x0.repeat_interleave(4, 0), cubature(7, T - 1))
     assert K.mean().item() == pytest.approx(m.L_NULL, abs=1e-7)
     assert kl.shape == (T - 1, 28) and torch.all(kl > 0)
+    K, _ = model.bound(x0.repeat(100, 1))  # with noise of its own: standard normal
+    assert abs(K.mean() - m.L_NULL) < 6 * K.std() / 700**0.5
 
 
 def test_telescoping_identity_of_the_forward_kernel():
@@ -212,11 +202,6 @@ def test_telescoping_identity_of_the_forward_kernel():
     _, _, var = flat(model.schedule())
     _, kl = model.bound(torch.ones(4, 2).double(), cubature(1, 39))
     assert torch.allclose(kl.mean(1), (var[2:] / var[1:-1]).log2())  # two axes, half a log each
-
-
-def test_L_null_is_minus_the_entropy_of_a_standard_normal_in_bits():
-    normal = MultivariateNormal(torch.zeros(2), torch.eye(2))
-    assert -normal.entropy().item() / math.log(2) == pytest.approx(m.L_NULL, abs=1e-6)
 
 
 @both
@@ -246,16 +231,6 @@ def test_bound_is_eq_14_written_out(full):
         for v in (var[-1], var[1], 1)
     )
     assert torch.allclose(K, -kl.sum(0) + (end - start - prior) / math.log(2))
-
-
-def test_the_noise_of_the_bound_is_standard_normal_and_new_each_time():
-    """With zero readouts K depends on the noise alone: its mean and spread are those of eps given."""
-    model, x0 = build(), torch.ones(5000, 2)
-    K, given_eps = model.bound(x0)[0], model.bound(x0, torch.randn(39, 5000, 2))[0]
-    error = given_eps.std().item() / 5000**0.5
-    assert abs(K.mean() - given_eps.mean()) < 6 * 2**0.5 * error
-    assert K.std().item() == pytest.approx(given_eps.std().item(), rel=0.06)
-    assert not torch.equal(K, model.bound(x0)[0])
 
 
 @few
@@ -348,9 +323,6 @@ def test_the_gradient_of_the_schedule_is_the_slope_of_K():
         assert model.logit_beta.grad[i].item() == pytest.approx((above - below) / 2e-5, rel=1e-4)
 
 
-# ---- the networks
-
-
 def test_rbf_network_is_the_normalised_one_of_the_paper():
     model = shaken(build())
     net, x = model.net, torch.randn(3, 5, 2)
@@ -363,23 +335,18 @@ def test_rbf_network_is_the_normalised_one_of_the_paper():
 
 @both
 def test_each_step_has_its_own_readout_and_each_point_its_own_result(full):
-    """One step t with points [B, 2] gives what all steps with [T - 1, B, 2] give there."""
-    model = shaken(build(full, 8))
-    s, xt = model.schedule(), torch.randn(7, 4, 2)
-    mean, var, slope = model.reverse(xt, torch.arange(2, 9), s)
+    """One point [1, 2] at one step t gives what it gives among all steps, [T - 1, B, 2]."""
+    model = shaken(build(full, 8)).requires_grad_(False)
+    s, t, xt = model.schedule(), torch.arange(2, 9), torch.randn(7, 4, 2)
+    mean, var, slope = model.reverse(xt, t, s)
     assert torch.all((var > 0) & (var < 1)) and torch.is_tensor(slope) == full
-    for t in range(2, 9):
-        alone, variance, _ = model.reverse(xt[t - 2], t, s)
-        assert torch.allclose(alone, mean[t - 2], atol=1e-6)
-        assert torch.allclose(variance, var[t - 2], atol=1e-6)
-        assert torch.allclose(model.reverse(xt[t - 2, 1:2], t, s)[0], alone[1:2], atol=1e-6)
-        with torch.no_grad():
-            model.readout[t - 2] += 1
-        changed = (model.reverse(xt, torch.arange(2, 9), s)[1] != var).flatten(1).any(1)
-        assert changed.tolist() == [k <= t for k in range(2, 9)]
-
-
-# ---- sampling
+    for k in range(7):
+        alone = model.reverse(xt[k, 1:2], k + 2, s)
+        assert torch.allclose(alone[0], mean[k, 1:2], atol=1e-6)
+        assert torch.allclose(alone[1], var[k, 1:2], atol=1e-6)
+        model.readout[k] += 1
+        changed = (model.reverse(xt, t, s)[1] != var).flatten(1).any(1)
+        assert changed.tolist() == [True] * (k + 1) + [False] * (6 - k)
 
 
 @both
@@ -399,15 +366,6 @@ def test_each_step_of_the_sampler_has_the_law_of_reverse_and_the_last_of_the_for
     z = torch.cat(noises, 1)
     assert z.mean(0).abs().max() < 6 / N**0.5
     assert (z.T.cov() - torch.eye(14)).abs().max() < 6 * (2 / N) ** 0.5
-
-
-def test_samples_of_the_forward_kernel_are_standard_normal():
-    *_, x = build(beta1=1e-3).p_sample_loop(N)
-    assert x.mean(0).abs().max() < 6 / N**0.5
-    assert (x.T.cov() - torch.eye(2)).abs().max() < 6 * (2 / N) ** 0.5
-
-
-# ---- the script
 
 
 FILES = {"model.pt", "samples.npy", "metrics.json", "process.png", "training.png"}
@@ -444,11 +402,11 @@ def test_a_short_training_raises_K_and_stays_below_the_ceiling(run):
     gap = metrics["ceiling_minus_null_bits"] - metrics["K_minus_null_bits"]
     assert metrics["gap_bits"] == pytest.approx(gap)
     assert 0.003 < metrics["K_error_bits"] < 0.03  # of 65,536 points
-    assert 0 < metrics["off_curve"] < 0.9
 
 
-def test_a_run_leaves_its_files_and_no_others_and_they_agree(run, capsys):
+def test_a_run_leaves_its_files_and_no_others_and_they_agree(run):
     out, metrics = run
+    assert "pyplot" not in Path(m.__file__).read_text()  # so the user's figures stay as they are
     assert {path.name for path in out.iterdir()} == FILES
     samples = np.load(out / "samples.npy")
     assert samples.shape == (2000, 2) and samples.dtype == np.float32
@@ -471,11 +429,10 @@ def test_same_seed_same_numbers_and_the_flags_reach_the_model(tiny, tmp_path):
     first, out = tiny("--net", "mlp", "--noise", "0.1", "--fixed-schedule", "--seed", "1")
     weights = torch.load(out / "model.pt")["model"]
     samples = np.load(out / "samples.npy")
-    assert samples.shape == (50, 2)
     again, _ = tiny("--net", "mlp", "--noise", "0.1", "--fixed-schedule", "--seed", "1")
     assert first == again and np.array_equal(samples, np.load(out / "samples.npy"))
     other, _ = tiny("--net", "mlp", "--noise", "0.1", "--fixed-schedule", "--seed", "2")
-    assert other["K_bits"] != first["K_bits"]
+    assert other["K_bits"] != first["K_bits"] and samples.shape == (50, 2)
     assert torch.equal(weights["logit_beta"], build(True, 5, 1e-3).logit_beta.detach())
     units = sum(weights[name].numel() for name in weights if name.startswith("net.layers"))
     assert units == 66 * 128 + 2 * 128 * 128 + 3 * 128 and weights["readout"].shape == (4, 128, 5)
@@ -495,23 +452,24 @@ def test_any_number_of_steps_trains(tmp_path):
         assert len(history) == steps and history[0] == pytest.approx(0, abs=6)
 
 
-@pytest.mark.parametrize("full", [True, False])
+@both
 def test_main_runs_on_a_device_that_is_not_the_cpu_and_finds_it(full, tiny, tmp_path, monkeypatch):
     """The default asks what is there now, not what torch was built for. Numbers are the CPU's."""
-    monkeypatch.undo()  # with pictures
-    here = {True: None, False: torch.device("cuda")}
-    net = ["--net", "mlp" if full else "rbf"]
+    flags = [*TINY[:-2], "--net", "mlp" if full else "rbf", "--out", str(tmp_path)]
+    on_cpu = m.main([*flags, "--device", "cpu"])
+    if not full:
+        monkeypatch.undo()  # with pictures
     with pretend_device() as device, pytest.MonkeyPatch.context() as patch:
-        here[True] = torch.device(device)
+        here = {True: torch.device(device), False: torch.device("cuda")}
         find = "torch.accelerator.current_accelerator"
         patch.setattr(find, lambda check_available=False: here[check_available])
-        metrics = m.main([*TINY[:-2], *net, "--out", str(tmp_path / "there")])
-    there = json.loads((tmp_path / "there" / "metrics.json").read_text())
-    assert there["device"] == device and {p.name for p in (tmp_path / "there").iterdir()} == FILES
-    on_cpu = m.main([*TINY, *net, "--out", str(tmp_path / "cpu")])
+        metrics = m.main(flags)
+    assert json.loads((tmp_path / "metrics.json").read_text())["device"] == device
     assert metrics == pytest.approx(on_cpu, rel=1e-4)
+    assert torch.load(tmp_path / "model.pt")["model"]["readout"].device.type == "cpu"
 
 
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")  # matplotlib's, of arrows that are NaN
 def test_nan_is_off_the_curve_and_null_in_the_json_and_can_be_drawn(tmp_path, monkeypatch):
     samples = m.roll_curve(torch.linspace(0, 1, 8))
     samples[1:4] = torch.tensor([[math.nan, 0], [0, math.inf], [9, 9]])
@@ -545,38 +503,25 @@ def test_a_loss_that_is_not_finite_ends_with_one_line_of_its_own(tiny, monkeypat
     assert (out / "model.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "broken, kept",
-    [
-        ("DiffusionModel.p_sample_loop", {"model.pt"}),
-        ("evaluate", {"model.pt", "samples.npy"}),
-        ("draw", {"model.pt", "samples.npy", "metrics.json"}),
-    ],
-)
-def test_first_is_written_what_cannot_be_made_again(broken, kept, tmp_path, monkeypatch):
-    monkeypatch.setattr(f"{m.__name__}.{broken}", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        m.main([*TINY, "--out", str(tmp_path)])
-    assert {path.name for path in tmp_path.iterdir()} == kept
-
-
-def test_the_figures_of_the_user_stay(monkeypatch):
-    """Without pyplot there is nothing to close, no backend to choose and no state to spoil."""
-    assert "pyplot" not in open(m.__file__).read()
+def test_first_is_written_what_cannot_be_made_again(tmp_path, monkeypatch):
+    order = ["model.pt", "samples.npy", "metrics.json"]
+    for kept, name in enumerate(["draw", "evaluate", "DiffusionModel.p_sample_loop"]):
+        out = tmp_path / name
+        monkeypatch.setattr(f"{m.__name__}.{name}", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            m.main([*TINY, "--out", str(out)])
+        assert {path.name for path in out.iterdir()} == set(order[: 3 - kept])
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
         ("--steps 0", "--steps 0: choose 1 to"),
-        ("--batch-size -1", "--batch-size -1: choose 1 to"),
         ("--samples 0", "--samples 0: choose 1 to"),
         ("--T 1", "--T 1: choose 2 to 1000"),
         ("--T forty", "--T: invalid int value: 'forty'"),
         ("--lr nan", "--lr nan: choose"),
-        ("--lr inf", "--lr inf: choose"),
         ("--lr 0", "--lr 0.0: choose"),
-        ("--beta1 1", "--beta1 1.0: choose 1e-07 to 0.01"),
         ("--beta1 nan", "--beta1 nan: choose 1e-07 to 0.01"),
         ("--noise -0.1", "--noise -0.1: choose 0 to 0.1"),
         ("--seed -1", "--seed -1: choose 0 to"),
@@ -584,7 +529,6 @@ def test_the_figures_of_the_user_stay(monkeypatch):
         ("--device toaster", "--device toaster: "),
         ("--device cuda:99", "--device cuda:99: "),
         ("--frobnicate", "unrecognized arguments: --frobnicate"),
-        ("--out file", "--out file: "),
         ("--out file/below", "--out file/below: "),
     ],
 )

@@ -201,6 +201,9 @@ def test_what_cannot_be_judged_is_refused_in_one_line(run, capsys):
 
     for flags in (["--bits", 1], ["--bits", -3], ["--bits", 41], ["--data", run / "labels.npy"]):
         assert refused(*flags)
+    other = 255 - images[..., 0]
+    np.savez(run / "other.npz", x_train=other, y_train=labels, x_test=other, y_test=labels)
+    assert "--classifier" in refused("--data", run / "other.npz")
     config = state["config"]
     for change in ({"ema": {}}, {"config": config | {"labels": [0, 1]}}, {"config": None}):
         torch.save(state | change, run / "model.pt")

@@ -1,0 +1,173 @@
+"""Slow tests of ddpm_mnist.py: several processes, Ctrl-C, kill -9, a full disk.
+
+pytest tests/slow
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mnist_process import Small
+
+import ddpm_mnist
+
+# a shell starts what it puts in the background with Ctrl-C ignored; these tests press it
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+FILES = ["labels.npy", "model.pt", "samples.npy", "samples.png"]
+TINY = "--batch-size 4 --samples 3 --sample-steps 1 --device cpu --data ../mine.npz --out out"
+PROCESS = Path(__file__).parents[1] / "mnist_process.py"
+MINUTES = 300  # seconds, for machines that do something else, too
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working folder, with 601 images in the one above it."""
+    monkeypatch.setattr(ddpm_mnist, "UNet", Small)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (601, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", x_train=images, y_train=np.arange(601) % 10)
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def start(fault, flags, processes=1):
+    """mnist_process.py with a fault in the background, in a group of its own as in a terminal."""
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
+    command = [sys.executable, *torchrun[: 5 * (processes > 1)], PROCESS, fault]
+    command += [*TINY.split(), *flags.split()]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=alone, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(job):
+    """Exit code and stderr, once every process of the job has ended."""
+    _, err = job.communicate(timeout=MINUTES)
+    pids = [int(path.read_text()) for path in Path().glob("pid*")]
+    deadline = time.monotonic() + 60
+    while (left := [pid for pid in pids if runs(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert pids and not left
+    return job.returncode, err
+
+
+def runs(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def wait_for(path):
+    deadline = time.monotonic() + MINUTES
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert path.exists()
+
+
+def train(flags):
+    ddpm_mnist.main(f"{TINY} {flags}".split())
+
+
+def names():
+    return sorted(path.name for path in Path("out").iterdir())
+
+
+def steps_done():
+    return len(torch.load("out/model.pt", weights_only=True)["losses"])
+
+
+def resumes():
+    """The checkpoint is whole, and training goes on from it."""
+    steps = steps_done()
+    assert steps > 0 and steps % 100 == 0
+    train(f"--steps {steps + 2} --resume")
+    assert steps_done() == steps + 2
+    assert set(names()) - {"model.part"} == set(FILES)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_ends_all_processes_and_the_checkpoint_resumes(processes, folder):
+    job = start("none", "--steps 1000000", processes)
+    wait_for(folder / "out" / "model.pt")
+    os.killpg(job.pid, signal.SIGINT)
+    code, err = finish(job)
+    assert code != 0
+    resumes()
+
+
+def test_kill_while_training_leaves_a_checkpoint_that_resumes(folder):
+    job = start("none", "--steps 1000000")
+    wait_for(folder / "out" / "model.pt")
+    job.kill()
+    assert finish(job)[0] == -signal.SIGKILL
+    resumes()
+
+
+def test_kill_while_saving_leaves_a_checkpoint_that_resumes(folder):
+    assert finish(start("kill", "--steps 300"))[0] == -signal.SIGKILL
+    assert steps_done() == 100 and names() == ["model.part", "model.pt"]
+    resumes()
+    assert names() == FILES
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_full_disk_ends_all_processes_and_keeps_the_checkpoint(processes, folder):
+    train("--steps 1")
+    before = Path("out/model.pt").read_bytes()
+    assert len(before) > 4000
+    code, err = finish(start("full", "--steps 3 --resume", processes))
+    lines = [line for line in err.splitlines() if "could not be written" in line]
+    assert code == 1 and len(lines) == 1 and "model.part" in lines[0]
+    assert "Traceback" not in err.split("could not be written")[0]
+    assert Path("out/model.pt").read_bytes() == before and names() == FILES
+
+
+def test_one_process_that_fails_ends_all(folder):
+    code, err = finish(start("raise", "--steps 1000000", 2))
+    assert code == 1 and "process 1 fails" in err
+
+
+def test_four_processes_on_601_images(folder):
+    """They end with the same weights, though each is trained on images and noise of its own."""
+    code, err = finish(start("none", "--steps 2", 4))
+    assert code == 0, err
+    assert names() == FILES
+    results = [torch.load(f"rank{k}.pt") for k in range(4)]
+    nets = [torch.cat([p.flatten() for p in net.values()]) for net, _ in results]
+    assert all(torch.equal(nets[0], net) for net in nets)
+    first = [seen[0][0] for _, seen in results]  # x_t of the first batch
+    assert all(not torch.equal(first[i], first[k]) for i in range(4) for k in range(i))
+
+
+def test_resume_in_two_processes_equals_an_uninterrupted_run(folder):
+    assert finish(start("none", "--steps 102 --out whole", 2))[0] == 0
+    job = start("kill", "--steps 102", 2)
+    assert finish(job)[0] == 1 and steps_done() == 100
+    assert finish(start("none", "--steps 102 --resume", 2))[0] == 0
+    a, b = (torch.load(f"{name}/model.pt", weights_only=True) for name in ("whole", "out"))
+    assert a["losses"] == b["losses"] and len(a["losses"]) == 102
+    assert all(torch.equal(a["ema"][name], b["ema"][name]) for name in a["ema"])
+    assert Path("whole/samples.npy").read_bytes() == Path("out/samples.npy").read_bytes()
+
+
+def test_two_processes_load_and_one_draws(folder):
+    train("--steps 1")
+    code, err = finish(start("none", "--load out/model.pt --out newRANK", 2))
+    assert code == 0, err
+    assert len(list(Path("new0").iterdir())) == 3 and not list(Path("new1").iterdir())
+    assert Path("new0/samples.npy").read_bytes() == Path("out/samples.npy").read_bytes()
+
+
+def test_wrong_data_end_all_processes(folder):
+    code, err = finish(start("none", "--data missing.npz", 2))
+    assert code == 1 and "missing.npz" in err and "error: " in err
