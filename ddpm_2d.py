@@ -171,7 +171,7 @@ TOYS = {  # the centers of the Gaussians, as x + iy
 def read_points(path):
     """Rows x, y of a .npy or a text file: float64 [n, 2]. Raises OSError, ValueError."""
     if str(path).endswith(".npy"):
-        points = rows = np.load(path)
+        points = rows = np.asarray(np.load(path))
     else:
         text = Path(path).read_text("utf-8-sig").replace('"', "")
         lines = [line.partition("#")[0].strip() for line in text.splitlines()]
@@ -181,14 +181,14 @@ def read_points(path):
             if len(row.split(mark)) != 2:
                 raise ValueError(f"row {number} is {row!r}, not two columns: to_csv(index=False)?")
         table = np.genfromtxt(rows, delimiter=mark, ndmin=2)  # words become NaN
-        header = int(np.isnan(table[0]).any())
-        points = table[header:]
-        rows = rows[header:]
+        words = {cell.lower().strip("+-.e0123456789 ") for cell in rows[0].split(mark)}
+        points = table if words <= {"", "nan", "inf"} else table[1:]  # without the header
     if points.dtype.kind not in "iuf" or points.shape[1:] != (2,) or len(points) == 0:
         raise ValueError(f"{points.dtype} {list(points.shape)}, but should be numbers [n, 2]")
     bad = np.flatnonzero(~np.isfinite(points).all(1))
     if len(bad):
-        raise ValueError(f"point {bad[0] + 1} is {rows[bad[0]]!r}, not two finite numbers")
+        row = len(rows) - len(points) + bad[0]  # with the header
+        raise ValueError(f"row {row + 1} is {rows[row]!r}, not two finite numbers")
     return torch.from_numpy(points.astype(np.float64))
 
 

@@ -1,19 +1,18 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch>=2.7", "numpy>=1.26", "matplotlib>=3.8", "tqdm>=4.66"]
-# ///
 """The first diffusion model (Sohl-Dickstein et al. 2015, arXiv 1503.03585) on its swiss roll.
 
 Forward. q turns a point x_0 of the data into noise in T = 40 steps. Each step shrinks the point a
 little and adds a little Gaussian noise, until x_T looks like a draw from N(0, I):
     q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)                             Sec. 2.1
+
 Reverse. p starts with x_T ~ N(0, I) and takes the steps back. If the beta_t are small, these are
 nearly Gaussian too, so a network only has to give the mean and the covariance of each:
     p(x_{t-1} | x_t) = N(f_mu(x_t, t), f_Sigma(x_t, t))                                  Eq. (5)
+
 Bound. Training raises K, a lower bound on the mean of log p(x_0). If x_0 is known, Bayes' rule
 gives the true step back. K compares p with it, and the KL divergence of two Gaussians is a formula:
     K = - sum_{t=2..T} E KL[ q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ]
         + H_q(X_T | X_0) - H_q(X_1 | X_0) - H_p(X_T)                                    Eq. (14)
+
 Learned are the network and beta_2, ..., beta_T. Fixed are beta_1 and the last step, p(x_0 | x_1),
 which is a forward step (App. B.1). So K has a ceiling, -h(q(x_1)), whatever the network may be.
 The paper's number is K - L_null in bits, where L_null is the K of a p that knows only N(0, I).
@@ -222,9 +221,10 @@ def draw(args, model, states, history):
         p.scatter(*states[args.T - t][:5000].numpy().T, s=2, lw=0, color="tab:orange")
         p.set_title(f"$p(x_t)$, $t$ = {t}")
         near = grid[torch.cdist(grid, xt).amin(1) < 0.3]  # elsewhere the network saw no x_t
-        arrows = model.reverse(near, max(t, 2), s)[0] - near  # none is learned below 2
+        mean, _, _ = model.reverse(near, max(t, 2), s)  # none is learned below 2
         drift.scatter(*xt.numpy().T, s=2, lw=0, color="lightblue")
-        drift.quiver(*near.numpy().T, *arrows.numpy().T, angles="xy", width=0.004)
+        if mean.isfinite().all():
+            drift.quiver(*near.numpy().T, *(mean - near).numpy().T, angles="xy", width=0.004)
         drift.set_title(rf"$f_\mu(x_t, t) - x_t$, $t$ = {max(t, 2)}")
     figure.savefig(f"{args.out}/process.png", dpi=150)
 

@@ -47,7 +47,7 @@ kl_nats: {kl_nats} +- {kl_nats_error}
 solver_kl_nats: {solver_kl_nats} +- {solver_kl_nats_error}
     is the same number for the exact score: the solver's own error.
 model_mass: {model_mass}
-    is the model's density, summed over that grid: 1 if the solver is right and little is outside."""
+    is the model's density, summed over that grid: 1 if the solver is right and all is inside."""
 OWN_POINTS = "The density of {data} is not known: no score.png, no density.png, no kl_nats."
 
 

@@ -239,12 +239,12 @@ BAD = {  # content, and what the message says
     "empty.csv": (b"", "[0, 2]", NUMBERS),
     "header.csv": (b"x,y\n", "[0, 2]", NUMBERS),
     "words.csv": (b"a,b\nc,d\n", "'c,d'", FINITE),
-    "word.csv": (b"1,2\n3,x\n", "point 2", "'3,x'", FINITE),
-    "nan.csv": (b"1,2\nnan,3\n5,6\n", "point 2", "'nan,3'", FINITE),
-    "nan_first.csv": (b"nan,3\n5,6\n", "point 1", "'nan,3'", FINITE),
-    "gap_first.csv": (b"1,\n5,6\n", "point 1", "'1,'", FINITE),
-    "inf.csv": (b"inf,3\n5,6\n", "point 1", "'inf,3'", FINITE),
-    "header_word.csv": (b"x,y\n1,2\n3,x\n", "point 2", "'3,x'", FINITE),
+    "word.csv": (b"1,2\n3,x\n", "row 2", "'3,x'", FINITE),
+    "nan.csv": (b"1,2\nnan,3\n5,6\n", "row 2", "'nan,3'", FINITE),
+    "nan_first.csv": (b"nan,3\n5,6\n", "row 1", "'nan,3'", FINITE),
+    "gap_first.csv": (b"1,\n5,6\n", "row 1", "'1,'", FINITE),
+    "inf.csv": (b"inf,3\n5,6\n", "row 1", "'inf,3'", FINITE),
+    "header_word.csv": (b"x,y\n1,2\n3,x\n", "row 3", "'3,x'", FINITE),
     "header_ragged.csv": (b"x,y\n1,2\n3\n", "row 3", "'3'", COLUMNS),
     "ragged.csv": (b"1,2\n3,4,5\n", "row 2", "'3,4,5'", COLUMNS),
     "one.csv": (b"1\n2\n3\n", "row 1", "'1'", COLUMNS),
@@ -265,7 +265,7 @@ BAD = {  # content, and what the message says
     "complex.npy": (npy(np.zeros((3, 2), complex)), "complex128", NUMBERS),
     "strings.npy": (npy(np.array([["1", "2"]])), "<U1", NUMBERS),
     "objects.npy": (npy(np.array([[1, None]]), allow_pickle=True), "bject"),
-    "nan.npy": (npy(np.array([[1, 2], [3, np.nan]])), "point 2", "nan", FINITE),
+    "nan.npy": (npy(np.array([[1, 2], [3, np.nan]])), "row 2", "nan", FINITE),
 }
 
 

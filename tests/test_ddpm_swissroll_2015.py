@@ -469,7 +469,6 @@ def test_main_runs_on_a_device_that_is_not_the_cpu_and_finds_it(full, tiny, tmp_
     assert torch.load(tmp_path / "model.pt")["model"]["readout"].device.type == "cpu"
 
 
-@pytest.mark.filterwarnings("ignore:Mean of empty slice")  # matplotlib's, of arrows that are NaN
 def test_nan_is_off_the_curve_and_null_in_the_json_and_can_be_drawn(tmp_path, monkeypatch):
     samples = m.roll_curve(torch.linspace(0, 1, 8))
     samples[1:4] = torch.tensor([[math.nan, 0], [0, math.inf], [9, 9]])

@@ -137,9 +137,6 @@ def test_share_recognised_and_frechet_ratio():
     row = judge_mnist.judge(Stub(), samples, labels, saved)
     assert row["recognised"] == 1 and row["recognised_error"] == 0
     assert 0.3 < row["frechet_ratio"] < 3  # they are real
-    uneven = torch.cat([torch.arange(1000), (guess == 3).nonzero().flatten()[-400:]])
-    row = judge_mnist.judge(Stub(), real[uneven], guess[uneven], saved)
-    assert 0.5 < row["frechet_ratio"] < 2  # so are the real ones with the same labels
     samples[:100, 0, 0] = 99  # the logits of these are NaN, whose argmax is 0
     row = judge_mnist.judge(Stub(), samples, labels, saved)
     assert row["recognised"] == pytest.approx(0.9)
