@@ -1,6 +1,6 @@
 """DDPM (Ho et al. 2020, arXiv 2006.11239) with a U-Net: MNIST, or your own images.
 
-python ddpm_mnist.py                                  trains: twelve minutes on two CPU cores
+python ddpm_mnist.py                                  trains: ten minutes on two CPU cores
 python ddpm_mnist.py --load weights/ddpm_mnist.pt     a hundred digits in seconds
 python ddpm_mnist.py --data mine.npz                  x_train uint8 [n, H, W(, C)], y_train [n]
 torchrun --nproc-per-node 8 ddpm_mnist.py             eight GPUs, eight times the batch
