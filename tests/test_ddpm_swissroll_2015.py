@@ -425,13 +425,16 @@ def test_a_run_leaves_its_files_and_no_others_and_they_agree(run):
         assert sum(counts > 1000) >= colours, name  # white, black, blue, ...
 
 
-def test_same_seed_same_numbers_and_the_flags_reach_the_model(tiny, tmp_path):
+def test_same_seed_same_numbers_and_the_flags_reach_the_model(tiny, tmp_path, monkeypatch):
+    roll, noises = m.make_swiss_roll, set()
+    monkeypatch.setattr(m, "make_swiss_roll", lambda n, s=0: noises.add(s) or roll(n, s))
     first, out = tiny("--net", "mlp", "--noise", "0.1", "--fixed-schedule", "--seed", "1")
     weights = torch.load(out / "model.pt")["model"]
     samples = np.load(out / "samples.npy")
     again, _ = tiny("--net", "mlp", "--noise", "0.1", "--fixed-schedule", "--seed", "1")
     assert first == again and np.array_equal(samples, np.load(out / "samples.npy"))
     other, _ = tiny("--net", "mlp", "--noise", "0.1", "--fixed-schedule", "--seed", "2")
+    assert noises == {0.1}  # in training and evaluation
     assert other["K_bits"] != first["K_bits"] and samples.shape == (50, 2)
     assert torch.equal(weights["logit_beta"], build(True, 5, 1e-3).logit_beta.detach())
     units = sum(weights[name].numel() for name in weights if name.startswith("net.layers"))
@@ -457,16 +460,18 @@ def test_main_runs_on_a_device_that_is_not_the_cpu_and_finds_it(full, tiny, tmp_
     """The default asks what is there now, not what torch was built for. Numbers are the CPU's."""
     flags = [*TINY[:-2], "--net", "mlp" if full else "rbf", "--out", str(tmp_path)]
     on_cpu = m.main([*flags, "--device", "cpu"])
+    weights = {}
     if not full:
         monkeypatch.undo()  # with pictures
     with pretend_device() as device, pytest.MonkeyPatch.context() as patch:
         here = {True: torch.device(device), False: torch.device("cuda")}
         find = "torch.accelerator.current_accelerator"
         patch.setattr(find, lambda check_available=False: here[check_available])
+        patch.setattr(torch, "save", lambda saved, path: weights.update(saved["model"]))
         metrics = m.main(flags)
     assert json.loads((tmp_path / "metrics.json").read_text())["device"] == device
     assert metrics == pytest.approx(on_cpu, rel=1e-4)
-    assert torch.load(tmp_path / "model.pt")["model"]["readout"].device.type == "cpu"
+    assert {tensor.device.type for tensor in weights.values()} == {"cpu"}  # loads anywhere
 
 
 def test_nan_is_off_the_curve_and_null_in_the_json_and_can_be_drawn(tmp_path, monkeypatch):
