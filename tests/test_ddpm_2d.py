@@ -32,16 +32,19 @@ APART = ToyData(torch.tensor([[5.0, -3.0], [-4.0, 7.0], [9.0, 9.0]]), 0.3)  # no
 every_set = pytest.mark.parametrize("name", [*TOYS, "apart"])
 
 
+def built(out, *flags):
+    """What main hands to train: diffusion, net, data, steps, batch size, learning rate."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(ddpm_2d, "train", lambda *args: sys.exit(args))
+        main([*flags, "--out", str(out)])
+    return exit.value.code
+
+
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory):
-    """The six sets as main hands them to train, and one that is not standardised."""
-    found = {"apart": APART}
-    for name in TOYS:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
-            patch.setattr(ddpm_2d, "train", lambda diffusion, net, data, *more: sys.exit(data))
-            main(["--data", name, "--out", str(tmp_path_factory.mktemp(name))])
-        found[name] = exit.value.code
-    return found
+    """The six sets as main makes them, and one that is not standardised."""
+    out = tmp_path_factory.mktemp("toys")
+    return {"apart": APART} | {name: built(out, "--data", name)[2] for name in TOYS}
 
 
 @pytest.fixture
@@ -138,14 +141,13 @@ def test_toys_have_the_shapes_of_their_names():
     upper, lower = TOYS["moons"].chunk(2)
     torch.testing.assert_close(lower, 1 + 0.5j - upper)
     assert (upper.imag > 0).all() and turns(upper).sum() == pytest.approx(0.5, rel=0.01)
-    torch.testing.assert_close(upper.abs(), torch.ones_like(u := upper.abs()))
+    torch.testing.assert_close(upper.abs(), torch.ones(600).double())
     arm, opposite = TOYS["spirals"].chunk(2)
     torch.testing.assert_close(opposite, -arm)
-    for spiral in (arm, TOYS["swissroll"]):  # one and a half turns, ever farther out
-        u = turns(spiral)
-        assert u.min() > 0 and u.sum() == pytest.approx(1.5, rel=0.05)
-        slope = spiral.abs().diff() / u  # of an Archimedean spiral
+    for spiral in (arm, TOYS["swissroll"]):  # one and a half turns, evenly farther out
+        slope = spiral.abs().diff() / turns(spiral)
         torch.testing.assert_close(slope, slope[:1].expand(len(slope)))
+        assert slope[0] > 0 and turns(spiral).sum() == pytest.approx(1.5, rel=0.05)
     cells = torch.view_as_real(TOYS["checkerboard"]).floor().unique(dim=0, return_counts=True)
     black = [[x, y] for x in range(4) for y in range(4) if (x + y) % 2 == 0]
     assert cells[0].tolist() == black and (cells[1] == 100).all()
@@ -257,16 +259,13 @@ BAD = {  # content, and what the message says
     "text.npy": (b"1,2\n3,4\n", ""),
     "empty.npy": (b"", ""),
     "cut.npy": (npy(ARRAY)[:-8], ""),
-    "wide.npy": (npy(np.zeros((2, 5))), "[2, 5]", NUMBERS),
-    "three.npy": (npy(np.zeros((5, 3))), "[5, 3]", NUMBERS),
-    "none.npy": (npy(np.zeros((0, 2))), "[0, 2]", NUMBERS),
-    "list.npy": (npy(np.zeros(4)), "[4]", NUMBERS),
-    "number.npy": (npy(np.float64(3)), "[]", NUMBERS),
-    "complex.npy": (npy(np.zeros((3, 2), complex)), "complex128", NUMBERS),
-    "strings.npy": (npy(np.array([["1", "2"]])), "<U1", NUMBERS),
     "objects.npy": (npy(np.array([[1, None]]), allow_pickle=True), "bject"),
     "nan.npy": (npy(np.array([[1, 2], [3, np.nan]])), "row 2", "nan", FINITE),
 }
+ARRAYS = [np.zeros((2, 5)), np.zeros((5, 3)), np.zeros((0, 2)), np.zeros(4), np.float64(3)]
+ARRAYS += [np.zeros((3, 2), complex), np.array([["1", "2"]])]
+for k, array in enumerate(ARRAYS):
+    BAD[f"array{k}.npy"] = (npy(array), str(list(array.shape)), str(array.dtype), NUMBERS)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -295,6 +294,9 @@ def test_own_points_come_back_in_their_own_units(run, tmp_path):
     metrics = run("--data", tmp_path / "points.csv", "--steps", 150, "--batch-size", 256)
     assert set(metrics) == {"loss", "bound_nats"}
     assert set(strict_json(tmp_path / "metrics.json")) == FLAGS | set(metrics)
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    np.testing.assert_allclose(saved["mean"], points.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(saved["std"], points.std(0), rtol=1e-9)
     samples = np.load(tmp_path / "samples.npy")
     assert samples.dtype == np.float64 and samples.shape == (300, 2)
     assert len(np.unique(samples[:, 0])) > 290
@@ -343,11 +345,10 @@ def replaced(monkeypatch, run):
     """replaced(function, *flags): metrics of main with function(net, xt, t) for the network."""
 
     def metrics(function, *flags):
-        class Other(NoisePredictor):
-            def forward(self, xt, t):
-                return function(self, xt, t) + 0 * self.out.weight.sum()  # to have a gradient
+        def forward(net, xt, t):
+            return function(net, xt, t) + 0 * net.out.weight.sum()  # to have a gradient
 
-        monkeypatch.setattr(ddpm_2d, "NoisePredictor", Other)
+        monkeypatch.setattr(NoisePredictor, "forward", forward)
         return run(*flags)
 
     return metrics
@@ -381,6 +382,30 @@ def test_nan_counts_as_off_support_and_is_null_in_the_file(replaced, tmp_path):
     for result in (metrics, strict_json(tmp_path / "metrics.json")):
         assert result["off_support"] == 1 and result["ideal_loss"] > 0
         assert result["loss"] is result["bound_nats"] is result["excess_loss"] is None
+
+
+def test_flags_of_training_are_obeyed_and_the_learning_rate_falls_to_nothing(tmp_path):
+    """A weight whose gradient always has one sign moves by the learning rate at each step."""
+    seen = []
+
+    class Probe(torch.nn.Linear):
+        def forward(self, xt, t):
+            seen.append((len(xt), self.bias[0].item()))
+            return self.bias + 1000 + 0 * xt
+
+    flags = ["--steps", "40", "--batch-size", "7", "--lr", "0.3"]
+    diffusion, _, data, *budget = built(tmp_path, *flags)
+    ddpm_2d.train(diffusion, Probe(2, 2), data, *budget)
+    sizes, bias = zip(*seen, strict=True)
+    moves = -np.diff(bias)
+    assert sizes == (7,) * 40 and moves[0] == pytest.approx(0.3, rel=0.05)
+    assert (np.diff(moves) < 0).all() and 0 < moves[-1] < 0.01
+
+
+def test_schedule_is_the_one_asked_for(tmp_path):
+    for name, make in (("linear", ddpm_2d.linear_schedule), ("cosine", cosine_schedule)):
+        diffusion, *_ = built(tmp_path, "--schedule", name, "--T", "50")
+        assert diffusion.beta == make(50).tolist()
 
 
 @pytest.fixture(scope="session")
@@ -430,13 +455,9 @@ def test_pictures_get_the_states_of_both_samplers_and_no_more_memory_than_they_s
 
 @pytest.mark.parametrize("T", [21, 1000])
 def test_every_panel_shows_the_state_of_its_title(T, toys, tmp_path, monkeypatch):
-    figures, mine, backend = [], plt.figure(), matplotlib.get_backend()
-    savefig = ddpm_2d.Figure.savefig
-    monkeypatch.setattr(
-        ddpm_2d.Figure,
-        "savefig",
-        lambda *args, **more: figures.append(args[0]) or savefig(*args, **more),
-    )
+    figure = ddpm_2d.Figure(figsize=(13, 7), layout="constrained")
+    monkeypatch.setattr(ddpm_2d, "Figure", lambda **more: figure)
+    mine, backend = plt.figure(), matplotlib.get_backend()
     data, diffusion, steps = toys["moons"], Diffusion(cosine_schedule(T)), min(50, T)
     states = [torch.full((9, 2), float(t)) for t in range(T, -1, -1)]
     fast = [torch.full((9, 2), T * k / steps) for k in range(steps, -1, -1)]
@@ -446,9 +467,10 @@ def test_every_panel_shows_the_state_of_its_title(T, toys, tmp_path, monkeypatch
     plt.close(mine)
     assert plt.imread(tmp_path / "process.png")[..., :3].std() > 0.05  # it is not empty
     seen = set()
-    for ax in figures[0].axes:
+    for ax in figure.axes:
         name, t = ax.get_title().split(", t = ")
         seen.add((name, t := int(t)))
+        assert ax.get_xlim() == ax.get_ylim() == figure.axes[0].get_xlim()
         points = torch.tensor(np.asarray(ax.collections[0].get_offsets())).float()
         if name == "q":
             assert len(points) == 4000 and (points.var(0) - 1).abs().max() < 0.3
@@ -459,28 +481,15 @@ def test_every_panel_shows_the_state_of_its_title(T, toys, tmp_path, monkeypatch
     assert seen >= {(name, t) for name in ("q", "DDPM", "DDIM") for t in (0, T // 2, T)}
 
 
-WRONG = {
-    "--T 20": "21",
-    "--T x": "'x'",
-    "--T 10000000000": "1e9",
-    "--schedule tanh": "'tanh' cosine",
-    "--steps 0": "1",
-    "--batch-size -3": "1",
-    "--lr -1": "0",
-    "--lr nan": "0",
-    "--lr inf": "1e9",
-    "--samples 0": "1",
-    "--seed -1": "0",
-    "--device cuda:99": "",
-    "--device gpu": "gpu cpu, cuda",
-    "--nonsense 1": "",
-}
+WRONG = ["--T 20", "--T 10000000000", "--steps 0", "--batch-size -3", "--samples 0", "--seed -1"]
+WRONG += ["--lr -1", "--lr nan", "--lr inf", "--schedule tanh", "--device gpu", "--device cuda:99"]
+HINTS = {"--T 20": "21", "--schedule tanh": "cosine", "--device gpu": "cpu, cuda"}
 
 
 @pytest.mark.parametrize("flag", WRONG)
 def test_wrong_flags_are_refused_in_one_line(flag, refuses, tmp_path):
-    words = [flag.split()[0], *WRONG[flag].split(maxsplit=1)]
-    refuses(main, [*flag.split(), "--out", tmp_path / "out"], *words)
+    argv = [*flag.split(), "--out", tmp_path / "out"]
+    refuses(main, argv, argv[0], HINTS.get(flag, ""))
     assert not (tmp_path / "out" / "model.pt").exists()
 
 

@@ -359,9 +359,10 @@ def test_ddim_without_noise_is_deterministic_and_follows_the_flow(script):
     torch.testing.assert_close(runs[0], want, rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize(
-    ("steps", "eta"), [(0, 0.0), (22, 0.0), (-1, 0.5), (5, -0.1), (5, 1.1), (5, math.nan)]
-)
+IMPOSSIBLE = [(0, 0.0), (22, 0.0), (-1, 0.5), (5, -0.1), (5, 1.1), (5, math.nan)]
+
+
+@pytest.mark.parametrize(("steps", "eta"), IMPOSSIBLE)
 def test_impossible_steps_and_eta_are_refused(script, steps, eta):
     diffusion = script.Diffusion(schedule("cosine", 21)[0])
     with pytest.raises(ValueError, match=f"^{steps} steps, eta {eta}: .*T = 21 and 0 to 1"):
