@@ -8,11 +8,10 @@ coordinates. Points of your own have no known density: they get training.png and
 
 The model's density is that of the probability-flow ODE at t = 1, beside the exact density of x_1.
 This is the data, blurred by sqrt(beta_1) (0.006 at T = 1000; the Gaussians of the data are 0.08
-wide). The last step, from x_1 to x_0, is left out: it is no flow, and it changes the density.
+wide). The last step, from x_1 to x_0, is left out: it is a jump, no part of the flow.
 """
 
 import argparse
-import io
 import math
 import sys
 from functools import partial
@@ -22,8 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
-from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,10 +40,10 @@ ddim_swd_ratio: {ddim_swd_ratio}
     is the same for fresh samples in {ddim_steps} steps of DDIM, eta 0."""
 DENSITY = """excess_loss: {excess_loss}
     is how much the loss, a mean over t, is above the lowest possible one, as a share of it.
-kl_nats: {kl_nats} +- {kl_nats_error}
-    is the KL divergence of the model's density of x_1 from the exact one: what it costs, in nats
-    a point, to believe the model. At best 0. On the grid of density.png: {grid_kl_nats}.
-solver_kl_nats: {solver_kl_nats} +- {solver_kl_nats_error}
+kl_nats: {kl_nats} +- {kl_error}
+    is KL(exact || model) of the densities of x_1: what it costs, in nats a point, to believe the
+    model. At best 0. The same, summed over the grid of density.png: {grid_kl_nats}.
+solver_kl_nats: {solver_kl_nats} +- {solver_kl_error}
     is the same number for the exact score: the solver's own error.
 model_mass: {model_mass}
     is the model's density, summed over that grid: 1 if the solver is right and all is inside."""
@@ -71,22 +70,20 @@ def read_run(folder):
         diffusion = Diffusion(schedule[saved["schedule"]](saved["T"]))
         net = NoisePredictor(diffusion).requires_grad_(False)
         net.load_state_dict(saved["net"])
-        mean = saved["mean"]
-        std = saved["std"]
         losses = saved["losses"]
-        file = saved["data"]
-        toy = file in TOYS
-        points = torch.view_as_real(TOYS[file]) if toy else ddpm_2d.read_points(file)
+        file = name = saved["data"]
+        sigma = 0.08 if name in TOYS else 0.0  # as in ddpm_2d.py
+        points = torch.view_as_real(TOYS[name]) if sigma else ddpm_2d.read_points(name)
+        centers = (points - saved["mean"]) / saved["std"] * (1 - sigma**2) ** 0.5
         file = folder / "samples.npy"
-        samples = (torch.from_numpy(np.load(file)) - mean) / std
+        samples = torch.from_numpy(np.load(file))
         if samples.shape != (len(samples), 2):
             raise ValueError(f"{list(samples.shape)} is not [n, 2]")
     except (*BROKEN, UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{file}: {type(error).__name__} {reason}") from error
-    sigma = 0.08 if toy else 0.0  # as in ddpm_2d.py
-    centers = (points - mean) / std * (1 - sigma**2) ** 0.5
-    return Run(diffusion, net, ToyData(centers.float(), sigma), saved["data"], losses, samples)
+    samples = (samples - saved["mean"]) / saved["std"]
+    return Run(diffusion, net, ToyData(centers.float(), sigma), name, losses, samples)
 
 
 def sliced_wasserstein(a, b, directions=64):
@@ -104,7 +101,7 @@ def judge_samples(run):
     *_, fast = run.diffusion.ddim_sample_loop(run.net, torch.randn(n, 2), steps)
     true = [run.data.sample(n) for _ in range(5)]
     pairs = [sliced_wasserstein(x, run.data.sample(n)) for x in true]
-    unit = np.mean(pairs)
+    unit = np.mean(pairs) or math.nan  # 0 for a single point
     numbers = {"swd_low": min(pairs) / unit, "swd_high": max(pairs) / unit, "ddim_steps": steps}
     for name, cloud in {"swd_ratio": run.samples, "ddim_swd_ratio": fast}.items():
         numbers[name] = np.mean([sliced_wasserstein(cloud, x) for x in true]) / unit
@@ -118,15 +115,15 @@ def density_at(run, t):
     return ToyData(signal * run.data.centers, math.hypot(signal * run.data.sigma, noise))
 
 
-def excess(run, t, n=4000):
-    """Loss at t above the lowest possible one, as a share of it. Their difference is
+def errors_at(run, t, n=4000):
+    """The lowest possible loss at t, and how much the network's is above it. This difference is
     E || eps_theta - E[eps | x_t] ||^2, which n points tell better than both losses do."""
     steps = torch.full((n,), t)
     eps = torch.randn(n, 2)
     xt = run.diffusion.q_sample(run.data.sample(n), steps, eps)
     ideal = run.data.ideal_eps(run.diffusion, xt, steps)
-    gap = (run.net(xt, steps) - ideal).square().mean()
-    return (gap / (eps - ideal).square().mean()).item()
+    excess = (run.net(xt, steps) - ideal).square().mean()
+    return (eps - ideal).square().mean().item(), excess.item()
 
 
 def velocity(diffusion, model, t, xt):
@@ -156,30 +153,26 @@ def log_density(diffusion, model, x1, steps=200):
     phi = np.arccos(np.sqrt(diffusion.alpha_bar))  # 0..pi / 2, [T + 1]
     wanted = phi[1] + (phi[-1] - phi[1]) * np.linspace(0, 1, steps + 1) ** 2
     times = np.unique(np.abs(phi[1:, None] - wanted).argmin(0) + 1).tolist()  # 1, ..., T
-    xt = x1
-    integral = torch.zeros(len(x1))  # of div v
-    v, div = with_divergence(partial(velocity, diffusion, model, 1), xt)
-    for s, t in zip(times, times[1:]):
-        h = phi[t] - phi[s]
-        ahead = velocity(diffusion, model, t, xt + h * v)
-        xt = xt + h * (v + ahead) / 2
-        integral += h * div / 2
-        v, div = with_divergence(partial(velocity, diffusion, model, t), xt)
-        integral += h * div / 2
-    return integral - xt.square().sum(1) / 2 - math.log(2 * math.pi)
+    log_p = []
+    for xt in tqdm(x1.split(2048), f"density at {len(x1):,} points"):
+        v, div = with_divergence(partial(velocity, diffusion, model, 1), xt)
+        integral = 0  # of div v
+        for s, t in zip(times, times[1:]):
+            h = phi[t] - phi[s]
+            ahead = velocity(diffusion, model, t, xt + h * v)
+            xt = xt + h * (v + ahead) / 2
+            integral = integral + h * div / 2
+            v, div = with_divergence(partial(velocity, diffusion, model, t), xt)
+            integral = integral + h * div / 2
+        log_p.append(integral - xt.square().sum(1) / 2 - math.log(2 * math.pi))
+    return torch.cat(log_p)
 
 
-def in_parts(run, model, points, name):
-    """log_density of many points, with a progress bar."""
-    parts = tqdm(points.split(2048), name)
-    return torch.cat([log_density(run.diffusion, model, part) for part in parts])
-
-
-def divergence_nats(run, model, n, name):
-    """KL(exact || model) of x_1 in nats with its standard error, from n points."""
+def kl_nats(run, model, n):
+    """KL(exact || model) of x_1 in nats and its standard error, from n points."""
     x1 = run.diffusion.q_sample(run.data.sample(n), torch.ones(n, dtype=int), torch.randn(n, 2))
-    gap = (density_at(run, 1).log_prob(x1) - in_parts(run, model, x1, name)).double()
-    return {name: gap.mean().item(), f"{name}_error": gap.std().item() / n**0.5}
+    gap = (density_at(run, 1).log_prob(x1) - log_density(run.diffusion, model, x1)).double()
+    return gap.mean().item(), gap.std().item() / n**0.5
 
 
 def plane(half, n):
@@ -199,14 +192,14 @@ def frame(ax, half, title):
     ax.set(xlim=(-half, half), ylim=(-half, half), aspect="equal", xticks=[], yticks=[])
 
 
-def heat(ax, half, values, level=None, extend="neither", **style):
-    """An image of values on a grid; where a level is given, a colour bar, and white above 3."""
+def heat(ax, half, values, level=None, limit=3, extend="max", **style):
+    """An image of values on a grid; with a level, a colour bar, and white where it is too high."""
     n = math.isqrt(len(values))
-    ends = (-half, half, -half, half)
-    image = ax.imshow(values.view(n, n).numpy(), extent=ends, origin="lower", **style)
+    style |= {"origin": "lower", "interpolation": "bilinear"}
+    image = ax.imshow(values.view(n, n).numpy(), extent=(-half, half, -half, half), **style)
     if level is not None:
         line = np.linspace(-half, half, n)
-        ax.contourf(line, line, level.view(n, n).numpy(), [3, 1e9], colors="white")
+        ax.contourf(line, line, level.view(n, n).numpy(), [limit, 1e9], colors="white")
         ax.figure.colorbar(image, ax=ax, extend=extend)
 
 
@@ -214,36 +207,35 @@ def draw_training(file, run, n):
     """Loss by step, error by t. Returns excess_loss, if the lowest possible loss is known."""
     T = run.diffusion.T
     x0 = run.data.sample(n)
-    edges = np.unique(np.geomspace(1, T + 1, 41).round().astype(int))
+    edges = np.unique(np.geomspace(1, T + 1, 41).round().astype(int))  # of bins of t
     models = {"network": run.net}
     if run.data.sigma:
         models["best possible"] = partial(run.data.ideal_eps, run.diffusion)
-    figure = Figure(figsize=(4 * len(models) + 4, 3.6), layout="constrained")
-    axes = figure.subplots(1, len(models) + 1)
-    axes[0].semilogx(np.arange(len(run.losses)) + 1, run.losses, color="C0", alpha=0.3)
+    figure = Figure(figsize=(4 + 4 * len(models), 3.6), layout="constrained")
+    left, middle, *right = figure.subplots(1, 1 + len(models))
+    left.semilogx(np.arange(len(run.losses)) + 1, run.losses, alpha=0.3)
     width = math.ceil(len(run.losses) / 100)
     smooth = np.convolve(run.losses, np.ones(width) / width, "valid")
-    axes[0].plot(np.arange(len(smooth)) + (width + 1) / 2, smooth, color="C0")
-    axes[0].set(xlabel="training step", title="loss", xlim=(1, None))
-    lines = {"network": {"lw": 4, "alpha": 0.5}, "best possible": {"color": "k"}}
-    means = []
-    for name, model in models.items():
+    left.plot(np.arange(len(smooth)) + (width + 1) / 2, smooth, color="C0", label="network")
+    left.set(xlabel="training step", title="loss", xlim=(1, None))
+    for (name, model), style in zip(models.items(), ({"lw": 4, "alpha": 0.5}, {"color": "k"})):
         error = run.diffusion.variational_bound(model, x0)[1].numpy() / 2  # as in the loss
-        means.append(error.mean())
-        steps = np.add.reduceat(error, edges[:-1] - 1) / np.diff(edges)
-        axes[1].stairs(steps, edges, baseline=None, label=name, **lines[name])
-    axes[1].set(xlabel="t", title="squared error of eps", xscale="log", xlim=(1, T + 1))
-    if len(models) == 1:
-        figure.savefig(file, dpi=150)
-        return {}
-    axes[0].axhline(means[1], color="k")
-    axes[1].legend(frameon=False)
-    share = [100 * excess(run, t) for t in edges[:-1].tolist()]
-    axes[2].loglog(edges[:-1], share, "o-", ms=3)
-    axes[2].set(xlabel="t", title="excess of the error over the best possible", xlim=(1, T + 1))
-    axes[2].yaxis.set_major_formatter("{x:g} %")
+        means = np.add.reduceat(error, edges[:-1] - 1) / np.diff(edges)
+        middle.stairs(means, edges, baseline=None, label=name, **style)
+    middle.set(xlabel="t", title="squared error of eps", xscale="log", xlim=(1, T + 1))
+    numbers = {}
+    if right:
+        times = (edges[:-1] + edges[1:] - 1) // 2
+        best, excess = np.transpose([errors_at(run, t) for t in times.tolist()])
+        left.axhline(np.average(best, weights=np.diff(edges)), color="k", label="best possible")
+        left.legend(frameon=False)
+        middle.legend(frameon=False)
+        right[0].semilogx(times, excess / best, "o-", ms=3)
+        right[0].set(xlabel="t", title="excess over the best possible", ylim=(0, None))
+        right[0].yaxis.set_major_formatter("{x:.1%}")
+        numbers["excess_loss"] = np.diff(edges) @ excess / (np.diff(edges) @ best)
     figure.savefig(file, dpi=150)
-    return {"excess_loss": means[0] / means[1] - 1}
+    return numbers
 
 
 def draw_score(file, run, grid):
@@ -255,9 +247,9 @@ def draw_score(file, run, grid):
         t = max(1, run.diffusion.T // share)
         exact = density_at(run, t)
         half = (exact.centers.abs().max() + 3.2 * exact.sigma).item()
-        line = np.linspace(-half, half, grid)
         fine = plane(half, grid)
         level = depth(exact.log_prob(fine))
+        line = fine[:grid, 0].numpy()
         coarse = plane(half * 19 / 20, 20)
         coarse = coarse[exact.log_prob(coarse) > exact.log_prob(fine).max() - 3**2 / 2]
         for ax, model, name in zip(row, (ideal, run.net), ("exact", "learned")):
@@ -268,66 +260,68 @@ def draw_score(file, run, grid):
             frame(ax, half, f"{name}, t = {t}")
         steps = torch.full((len(fine),), t)
         gap = (run.net(fine, steps) - ideal(fine, steps)).norm(dim=1)
-        top = gap[level < 3].quantile(0.99).nan_to_num(1).item()
-        heat(row[2], half, gap, level, "max", cmap="magma_r", vmin=0, vmax=top)
-        frame(row[2], half, f"norm of the difference; excess loss {excess(run, t):.2%}")
+        top = gap[level < 3].quantile(0.99).item()
+        heat(row[2], half, gap, level, cmap="magma_r", vmin=0, vmax=top)
+        best, excess = errors_at(run, t)
+        frame(row[2], half, f"norm of the difference; excess loss {excess / best:.2%}")
+    figure.supxlabel(r"arrows: $-\epsilon = \sqrt{1 - \bar\alpha_t}\,\nabla\log p(x_t)$")
     figure.savefig(file, dpi=150)
 
 
-def draw_density(file, run, grid, kl):
+def draw_density(file, run, grid, kl, error):
     """The exact density of x_1, the model's, their log-ratio; returns two sums over the grid."""
     exact = density_at(run, 1)
-    half = (exact.centers.abs().max() + 4 * exact.sigma).item()
+    half = (exact.centers.abs().max() + 4.3 * exact.sigma).item()
     points = plane(half, grid)
     log_q = exact.log_prob(points)
-    log_p = in_parts(run, run.net, points, file.name)
+    log_p = log_density(run.diffusion, run.net, points)
     figure = Figure(figsize=(12, 3.7), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    top = log_q.max().exp().item()
     for ax, values in ((left, log_q), (middle, log_p)):
-        heat(ax, half, values.exp(), cmap="Blues", vmin=0, vmax=top, interpolation="bilinear")
+        heat(ax, half, values.exp(), cmap="Blues", vmin=0, vmax=log_q.max().exp().item())
     figure.colorbar(middle.images[0], ax=middle, extend="max")
-    style = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1, "interpolation": "bilinear"}
-    heat(right, half, log_p - log_q, depth(log_q), "both", **style)
-    frame(left, half, "exact density")
+    ratio = log_p - log_q
+    heat(right, half, ratio, depth(log_q), 4, "both", cmap="RdBu_r", vmin=-1, vmax=1)
+    frame(left, half, "exact density of $x_1$")
     frame(middle, half, "the model's, by the probability-flow ODE")
-    frame(right, half, f"log(model / exact); KL = {kl:.3f} nats")
+    frame(right, half, f"log(model / exact), KL = {kl:.3f} $\\pm$ {error:.3f} nats")
     figure.savefig(file, dpi=150)
     area = (2 * half / (grid - 1)) ** 2
-    kl = (log_q.exp() * (log_q - log_p)).sum().item() * area
-    return {"grid_kl_nats": kl, "model_mass": log_p.exp().sum().item() * area}
+    grid_kl = -(log_q.exp() * ratio).sum().item() * area
+    return {"grid_kl_nats": grid_kl, "model_mass": log_p.exp().sum().item() * area}
 
 
 def draw_sampling(file, run, n):
     """Algorithm 2 in some 40 frames, which come faster near the data; the last one is held."""
     T = run.diffusion.T
     wanted = {round(T * (k / 40) ** 2) for k in range(41)}
-    half = 1.3 * run.data.sample(1000).abs().max().item()
-    frames = []
+    half = 1.3 * run.data.sample(1000).abs().max().clamp(min=1).item()
     states = run.diffusion.p_sample_loop(run.net, torch.randn(n, 2))
-    for k, xt in enumerate(tqdm(states, file.name, T + 1)):
-        if T - k in wanted:
-            figure = Figure(figsize=(4, 4.2), layout="constrained")
-            ax = figure.subplots()
-            ax.scatter(*xt.T.numpy(), s=4, lw=0)
-            frame(ax, half, f"t = {T - k}")
-            buffer = io.BytesIO()
-            figure.savefig(buffer, dpi=100)
-            frames.append(Image.open(buffer).convert("RGB").quantize(64))
-    times = [80] * (len(frames) - 1) + [3000]  # milliseconds
-    frames[0].save(file, save_all=True, append_images=frames[1:], duration=times, loop=0)
+    figure = Figure(figsize=(4, 4.2))
+    ax = figure.add_axes([0.02, 0.02, 0.96, 0.92])
+    writer = PillowWriter(fps=12)
+    with writer.saving(figure, file, dpi=100):
+        for k, xt in enumerate(tqdm(states, file.name, T + 1)):
+            if T - k in wanted:
+                ax.clear()
+                ax.scatter(*xt.T.numpy(), s=4, lw=0)
+                frame(ax, half, f"t = {T - k}")
+                writer.grab_frame()
+        for _ in range(36):  # three seconds
+            writer.grab_frame()
 
 
 def judge(folder, run, grid, points):
     """The numbers of a run; draws its pictures into the folder."""
-    numbers = judge_samples(run) | draw_training(folder / "training.png", run, -(-points // 8))
+    numbers = judge_samples(run) | draw_training(folder / "training.png", run, points // 8)
     if run.data.sigma:
-        ideal = partial(run.data.ideal_eps, run.diffusion)
-        numbers |= divergence_nats(run, run.net, points, "kl_nats")
-        numbers |= divergence_nats(run, ideal, points // 4, "solver_kl_nats")
+        kl, error = kl_nats(run, run.net, points)
+        numbers |= {"kl_nats": kl, "kl_error": error}
         draw_score(folder / "score.png", run, grid)
-        numbers |= draw_density(folder / "density.png", run, grid, numbers["kl_nats"])
-    draw_sampling(folder / "sampling.gif", run, points // 2)
+        numbers |= draw_density(folder / "density.png", run, grid, kl, error)
+        kl, error = kl_nats(run, partial(run.data.ideal_eps, run.diffusion), points // 8)
+        numbers |= {"solver_kl_nats": kl, "solver_kl_error": error}
+    draw_sampling(folder / "sampling.gif", run, points // 4)
     return numbers
 
 
@@ -337,10 +331,10 @@ def main(argv=None):
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="folder of model.pt and samples.npy")
     add("--grid", type=int, default=120, help="densities are drawn on grid x grid points")
-    add("--points", type=int, default=4000, help="that estimate kl_nats; fewer for the rest")
+    add("--points", type=int, default=8000, help="that estimate kl_nats; fewer for the rest")
     args = parser.parse_args(argv)
-    if args.grid < 4 or args.points < 8:
-        parser.error("--grid must be 4 or more, --points 8 or more")
+    if args.grid < 4 or args.points < 16:
+        parser.error("--grid must be 4 or more, --points 16 or more")
     try:
         runs = {str(folder): read_run(folder) for folder in args.runs}
     except ValueError as error:
@@ -353,7 +347,8 @@ def main(argv=None):
         print(f"\n{folder}: {run.name}, {len(run.samples):,} samples")
         print(SAMPLES.format(**words))
         print((DENSITY if run.data.sigma else OWN_POINTS).format(**words))
-        results[folder] = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        finite = {name: float(x) for name, x in numbers.items() if math.isfinite(x)}
+        results[folder] = dict.fromkeys(numbers) | finite
     return results
 
 
