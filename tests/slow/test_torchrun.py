@@ -5,6 +5,7 @@ pytest tests/slow
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -171,3 +172,28 @@ def test_two_processes_load_and_one_draws(folder):
 def test_wrong_data_end_all_processes(folder):
     code, err = finish(start("none", "--data missing.npz", 2))
     assert code == 1 and "missing.npz" in err and "error: " in err
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_recipe_several_gpus_and_machines(machines, folder):
+    """The lines of docs/recipes.md, both machines being this one."""
+    page = (PROCESS.parents[1] / "docs" / "recipes.md").read_text()
+    lines = page.split("## Several GPUs and machines")[1].split("```")[1::2]
+    command = lines[machines - 1].removeprefix("sh\ntorchrun").strip()
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    for old, new in {"HOST:29500": f"localhost:{port}", "node 8": "node 2"}.items():
+        command = command.replace(old, new)
+    *words, script = command.split()
+    words = [sys.executable, "-m", "torch.distributed.run", *words, PROCESS.parents[1] / script]
+    words += [*TINY.split(), "--steps", "1"]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    jobs = [
+        subprocess.Popen(words, env=alone, stderr=subprocess.PIPE, text=True)
+        for _ in range(machines)
+    ]
+    for job in jobs:
+        assert job.communicate(timeout=MINUTES)[1].count("Traceback") == 0
+        assert job.returncode == 0
+    assert names() == FILES
+    assert len(np.load("out/samples.npy")) == 3 and steps_done() == 1
