@@ -183,9 +183,9 @@ def train(args, net, x, y, saved):
     average.n_averaged += len(losses)  # at 0 the first update would copy net
     for name, part in parts.items() if args.resume else ():
         part.load_state_dict(saved[name])
-
     learner = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
-    for step in tqdm(range(len(losses), args.steps), "train", disable=RANK > 0):
+    todo = range(len(losses), args.steps)
+    for step in tqdm(todo, "train" if todo else "nothing left to train", disable=RANK > 0):
         torch.manual_seed((args.seed * WORLD + RANK) * 10**7 + step)  # so that --resume is exact
         pick = torch.randint(len(x), (args.batch_size,))
         x0 = x[pick].to(args.device) / 127.5 - 1  # [B, C, H, W]
@@ -275,7 +275,7 @@ def main(argv=None):
         elif checkpoint.exists() and RANK == 0:
             print(f"{checkpoint} becomes {checkpoint.replace(args.out / 'model.old.pt')}")
     except UNREADABLE as error:
-        parser.error(f"cannot start with {file}: {type(error).__name__}: {error}".splitlines()[0])
+        parser.error(f"cannot start with {file} on {args.device} in {args.out}: {error!r:.400}")
 
     if not args.load:
         net = train(args, net, x, y, saved)

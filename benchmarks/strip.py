@@ -1,32 +1,49 @@
-"""The picture at the top of README: samples of the three scripts side by side.
+"""Samples of several runs side by side, three in a row: the pictures of README.
 
-python benchmarks/strip.py runs/ddpm_2d runs/ddpm_swissroll_2015 runs/ddpm_mnist assets/strip.png
+python benchmarks/strip.py assets/strip.png RUN RUN RUN --titles "2-D points" "swiss roll" MNIST
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 
+def draw_points(ax, points, color):
+    """A cloud [n, 2], moved to the middle and scaled."""
+    x, y = (points[:8000] - points.mean(0)).T / points.std()
+    ax.scatter(x, y, s=1, lw=0, color=color)
+    ax.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4))
+
+
+def draw_images(ax, images):
+    """The first hundred of uint8 [n, 28, 28, 1], ten a row."""
+    rows = images[:100].reshape(10, 10, 28, 28)
+    ax.imshow(rows.swapaxes(1, 2).reshape(280, 280), "gray_r")
+
+
 def main(argv=None):
-    """Draw the samples that three runs have left."""
+    """Draw the samples that the runs have left."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("runs", nargs=3, type=Path, metavar="RUN", help="folders of the three runs, in this order")
     add("picture", metavar="PICTURE", help="PNG to write")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folders with a samples.npy")
+    add("--titles", nargs="+", default=[], help="one for each run")
     args = parser.parse_args(argv)
-    points, roll, digits = [np.load(run / "samples.npy") for run in args.runs]
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for ax, cloud, color in zip(axes, (points, roll), ("tab:blue", "tab:orange")):
-        x, y = (cloud[:8000] - cloud.mean(0)).T / cloud.std()
-        ax.scatter(x, y, s=1, lw=0, color=color)
-        ax.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4))
-    rows = digits[:100].reshape(10, 10, 28, 28)
-    axes[2].imshow(rows.swapaxes(1, 2).reshape(280, 280), "gray_r")
-    for ax, title in zip(axes, ("2-D points, 2020", "swiss roll, 2015", "MNIST")):
+    height = math.ceil(len(args.runs) / 3)
+    figure = Figure(figsize=(10, 3.6 * height), layout="constrained")
+    axes = figure.subplots(height, 3, squeeze=False).flatten()
+    for ax in axes[len(args.runs) :]:
+        ax.set_axis_off()
+    for number, (ax, run) in enumerate(zip(axes, args.runs)):
+        samples = np.load(run / "samples.npy")
+        if samples.ndim == 2:
+            draw_points(ax, samples, f"C{number % 3}")
+        else:
+            draw_images(ax, samples)
+        title = args.titles[number] if args.titles else run.name
         ax.set(title=title, xticks=[], yticks=[], box_aspect=1)
     figure.savefig(args.picture, dpi=120)
 

@@ -111,30 +111,11 @@ class DeviceTensor(torch.Tensor):
     def __repr__(self):
         return f"DeviceTensor({self.inner})"
 
-    def __format__(self, spec):
-        return format(self.item(), spec) if self.ndim == 0 else object.__format__(self, spec)
-
     def __reduce_ex__(self, protocol):  # torch.save writes the CPU tensor
         return self.inner.__reduce_ex__(protocol)
 
-    def __getitem__(self, key):
-        return super().__getitem__(as_index(key))
-
-    def __setitem__(self, key, value):
-        super().__setitem__(as_index(key), value)
-
     def tolist(self):
         return self.inner.tolist()
-
-    def new_tensor(self, data, **more):
-        return torch.tensor(data, **{"dtype": self.dtype, "device": DEVICE} | more)
-
-
-def as_index(key):
-    """The key of x[key], lists in it made CPU tensors: torch makes empty ones on "meta"."""
-    if isinstance(key, tuple):
-        return tuple(map(as_index, key))
-    return torch.tensor(key, dtype=None if key else torch.long) if isinstance(key, list) else key
 
 
 class DeviceGenerator(GENERATOR):
@@ -161,20 +142,6 @@ def construct(original, data, *args, requires_grad=False, **more):
     return original(data, *args, **more)
 
 
-def load(original, f, map_location=None, **more):
-    """torch.load, which throws the numbers away on "meta"."""
-    if not on_device(map_location):
-        return original(f, map_location, **more)
-    loaded = original(f, "cpu", **more)
-    return tree_map(lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) else x, loaded)
-
-
-def autocast(original, device_type, *args, **more):
-    """torch.autocast, without effect on the pretend device."""
-    none = on_device(device_type)
-    return contextlib.nullcontext() if none else original(device_type, *args, **more)
-
-
 def attention(original, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **more):
     """F.scaled_dot_product_attention: the CPU's kernel; torch would take one that rounds else."""
     if not on_device(query) or attn_mask is not None or dropout_p or query.ndim != 4:
@@ -189,7 +156,6 @@ def pretend_device():
     optimizer = sys.modules[torch.optim.Optimizer.__module__]
     fused_devices = [*optimizer._get_fused_kernels_supported_devices(), DEVICE]
     changes = [(torch, name, construct) for name in ("tensor", "as_tensor", "asarray")]
-    changes += [(torch, "load", load), (torch, "autocast", autocast)]
     changes += [(F, "scaled_dot_product_attention", attention)]
     changes = [(owner, name, partial(new, getattr(owner, name))) for owner, name, new in changes]
     changes += [(torch, "Generator", DeviceGenerator)]

@@ -1,10 +1,8 @@
-"""What ddpm_2d.py has of its own: toy data with an exact density, the network, points from files,
-and main from flags to files. (tests/test_diffusion.py holds what both DDPM scripts share.)
+"""What ddpm_2d.py has of its own: exact toy data, network, points of files, from flags to files.
 
 Statistical checks allow six standard errors and are seeded.
 """
 
-import gzip
 import io
 import json
 import math
@@ -12,8 +10,6 @@ import subprocess
 import sys
 from functools import partial
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -26,8 +22,6 @@ import ddpm_2d
 from ddpm_2d import TOYS, Diffusion, NoisePredictor, ToyData, cosine_schedule, main, read_points
 
 SMALL = ["--T", "21", "--steps", "20", "--batch-size", "64", "--samples", "300"]
-TRUTH = {"ideal_loss", "ideal_bound_nats", "excess_loss", "entropy_nats", "off_support"}
-FLAGS = {"data", "steps", "batch_size", "lr", "T", "schedule", "samples", "seed", "device", "out"}
 APART = ToyData(torch.tensor([[5.0, -3.0], [-4.0, 7.0], [9.0, 9.0]]), 0.3)  # not standardised
 every_set = pytest.mark.parametrize("name", [*TOYS, "apart"])
 
@@ -49,13 +43,14 @@ def toys(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(*flags): main with a tiny budget and without the pictures; returns the metrics."""
+    """run(*flags): main with a tiny budget, without pictures; returns the metrics and samples."""
     monkeypatch.setattr(ddpm_2d, "draw", lambda *args: None)
-    return lambda *flags: main([*SMALL, "--out", str(tmp_path), *map(str, flags)])
 
+    def run(*flags):
+        metrics = main([*SMALL, "--out", str(tmp_path), *map(str, flags)])
+        return metrics, np.load(tmp_path / "samples.npy")
 
-def strict_json(path):
-    return json.loads(path.read_text(), parse_constant=int)  # which fails on NaN and Infinity
+    return run
 
 
 @every_set
@@ -81,13 +76,6 @@ def test_log_prob_is_the_density_of_the_mixture(toys, name):
     exact = MixtureSameFamily(Categorical(torch.ones(len(data.centers)).double()), parts)
     want = exact.log_prob(x.double()).float()
     torch.testing.assert_close(data.log_prob(x), want, rtol=1e-4, atol=1e-2)
-    axis = torch.arange(-6, 12, data.sigma) if name == "apart" else torch.arange(-3, 3, data.sigma)
-    mass = data.log_prob(torch.cartesian_prod(axis, axis)).exp().sum() * data.sigma**2
-    assert mass.item() == pytest.approx(1, abs=1e-3)
-    if len(data.centers) < 20:  # far apart: the entropy of the pick and that of one Gaussian
-        log_p = data.log_prob(data.sample(20_000)).mean()
-        entropy = math.log(len(data.centers)) + math.log(2 * math.pi * math.e * data.sigma**2)
-        assert abs(log_p + entropy) < 6 / 20_000**0.5 + 1e-3
 
 
 @every_set
@@ -97,14 +85,13 @@ def test_ideal_eps_is_bayes_rule_over_the_centers(toys, name, t):
     torch.manual_seed(t)
     steps = torch.full((5,), t)
     xt = diffusion.q_sample(data.sample(5), steps, torch.randn(5, 2))
-    got = data.ideal_eps(diffusion, xt, steps)
     a = diffusion.alpha_bar[t]
     var = a * data.sigma**2 + 1 - a
     apart = xt.double()[:, None] - a**0.5 * data.centers.double()  # [5, m, 2]
     weight = torch.softmax(-apart.square().sum(2) / (2 * var), 1)
     # given its center, (eps, x_t) is Gaussian: E[eps | x_t, c] = sd (x_t - sqrt(a) c) / var
-    want = (weight[:, :, None] * (1 - a) ** 0.5 * apart / var).sum(1)
-    torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=5e-3)
+    want = (weight[:, :, None] * (1 - a) ** 0.5 * apart / var).sum(1).float()
+    torch.testing.assert_close(data.ideal_eps(diffusion, xt, steps), want, rtol=2e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize(("name", "t"), [("swissroll", 5), ("moons", 30), ("apart", 70)])
@@ -115,17 +102,6 @@ def test_ideal_eps_is_the_best_prediction(toys, name, t):
     best = data.ideal_eps(diffusion, diffusion.q_sample(data.sample(10_000), steps, eps), steps)
     for other in (best * 0.9, best * 1.1, best + 0.1, best + torch.randn(10_000, 2) * 0.1):
         assert (other - eps).square().mean() > (best - eps).square().mean()
-
-
-@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
-def test_ideal_model_in_the_sampler_reproduces_the_data(toys, loop):
-    data, diffusion = toys["8gaussians"], Diffusion(cosine_schedule(200))
-    torch.manual_seed(3)
-    model = partial(data.ideal_eps, diffusion)
-    *_, x = getattr(diffusion, loop)(model, torch.randn(20_000, 2))
-    distance, nearest = torch.cdist(x, data.centers).min(1)
-    assert (torch.bincount(nearest, minlength=8) - 2500).abs().max() < 6 * 50
-    assert distance.square().mean().item() / 2 == pytest.approx(data.sigma**2, rel=0.25)
 
 
 def turns(curve):
@@ -153,14 +129,6 @@ def test_toys_have_the_shapes_of_their_names():
     assert cells[0].tolist() == black and (cells[1] == 100).all()
 
 
-@pytest.fixture
-def network():
-    torch.manual_seed(0)
-    net = NoisePredictor(Diffusion(cosine_schedule(100)))
-    torch.nn.init.normal_(net.out.weight, std=0.1)
-    return net
-
-
 def test_output_is_signal_v_plus_noise_xt_and_v_a_function_of_t_over_T():
     """Networks for 50 and 1000 steps with the same weights give one v at the same fraction."""
     x, v = torch.randn(9, 2), []
@@ -175,28 +143,33 @@ def test_output_is_signal_v_plus_noise_xt_and_v_a_function_of_t_over_T():
     torch.testing.assert_close(*v, rtol=1e-3, atol=1e-3)
 
 
-def test_network_depends_on_point_and_time_and_on_no_other_row(network):
+def test_network_depends_on_point_and_time_and_on_no_other_row():
+    torch.manual_seed(0)
+    net = NoisePredictor(Diffusion(cosine_schedule(100)))
+    torch.nn.init.normal_(net.out.weight, std=0.1)
     xt, t = torch.randn(6, 2), torch.tensor([5, 20, 50, 70, 90, 100])
-    whole = network(xt, t)
-    for other in (network(xt + 0.1, t), network(xt, t - 1)):
+    whole = net(xt, t)
+    for other in (net(xt + 0.1, t), net(xt, t - 1)):
         assert ((other - whole).abs().sum(1) > 1e-4).all()
-    order = torch.randperm(6)
-    torch.testing.assert_close(network(xt[order], t[order]), whole[order])
-    torch.testing.assert_close(network(xt[2:3], t[2:3]), whole[2:3])
+    torch.testing.assert_close(net(xt[2:3], t[2:3]), whole[2:3])
+    for p in net.layers.parameters():
+        torch.nn.init.zeros_(p)
+    net(xt, t).sum().backward()
+    assert net.inp.weight.grad.any()  # a path leads past the layers
 
 
-def test_every_parameter_learns_until_one_batch_is_known_by_heart(network):
+def test_every_parameter_learns_until_one_batch_is_known_by_heart():
     torch.manual_seed(15)
+    net = NoisePredictor(Diffusion(cosine_schedule(100)))
     x0, eps, t = torch.randn(16, 2), torch.randn(16, 2), torch.randint(1, 60, (16,))
-    before = {name: p.detach().clone() for name, p in network.named_parameters()}
-    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     for _ in range(300):
-        loss = network.diffusion.p_losses(network, x0, t, eps).mean()
+        loss = net.diffusion.p_losses(net, x0, t, eps).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss.item() < 1e-3
-    assert not any(torch.equal(p, before[name]) for name, p in network.named_parameters())
+    assert all(p.grad.any() for p in net.parameters())
 
 
 def npy(array, save=np.save, **more):
@@ -207,22 +180,15 @@ def npy(array, save=np.save, **more):
 
 ARRAY = np.array([[1, -2], [300, 4], [25, 6]])
 GOOD = {
-    "commas.csv": b"1,-2.0\n300,4\n25,6\n",
-    "header.csv": b"x,y\n1,-2\n3e2,4\n25,6\n",
     "digit.csv": b"1st,2nd\n1,-2\n3e2,4\n25,6\n",
     "quotes.csv": b'"length","width"\n"1","-2"\n3e2,4\n25,6\n',
     "bom.csv": b"\xef\xbb\xbf1,-2\n3e2,4\n25,6\n",
-    "bom_header.csv": b"\xef\xbb\xbfx,y\n1,-2\n3e2,4\n25,6\n",
-    "semicolons.csv": b"x;y\n1;-2\n3e2;4\n25;6\n",
+    "semicolons.csv": b"x, mm;y, mm\n1;-2\n3e2;4\n25;6\n",
     "tabs.tsv": b"x\ty\n1\t-2\n3e2\t4\n25\t6",
-    "blanks.txt": b"  1   -2\n 3e2 4 \n25 6\n",
-    "spaces.csv": b"x, y\n1, -2\n3e2, 4\n25, 6\n",
-    "windows.csv": b"x,y\r\n1,-2\r\n3e2,4\r\n25,6\r\n\r\n",
-    "ends.csv": b"\n\n1,-2\n3e2,4\n\n25,6\n\n\n",
-    "notes.txt": b"# my points\n1 -2  # the first\n3e2 4\n#\n25 6\n",
-    "integers.npy": npy(ARRAY.astype(np.int16)),
-    "float16.npy": npy(ARRAY.astype(np.float16)),
-    "columns.npy": npy(np.asfortranarray(ARRAY.astype(float))),
+    "windows.csv": b"x, y\r\n1, -2\r\n3e2, 4\r\n25, 6\r\n\r\n",
+    "ends.csv": b"\n\n1e0,-2\n3e2,4\n\n25,6\n\n\n",
+    "notes.txt": b"# my points\n 1   -2  # the first\n3e2 4\n#\n25 6\n",
+    "columns.npy": npy(np.asfortranarray(ARRAY.astype(np.int16))),
 }
 
 
@@ -237,32 +203,22 @@ def test_points_are_read_from_every_kind_of_file(name, tmp_path):
 FINITE, COLUMNS, NUMBERS = "two finite numbers", "two columns", "numbers [n, 2]"
 BAD = {  # content, and what the message says
     "missing.csv": (None, "No such file"),
-    "folder.csv": ("", "directory"),
     "empty.csv": (b"", "[0, 2]", NUMBERS),
     "header.csv": (b"x,y\n", "[0, 2]", NUMBERS),
-    "words.csv": (b"a,b\nc,d\n", "'c,d'", FINITE),
-    "word.csv": (b"1,2\n3,x\n", "row 2", "'3,x'", FINITE),
-    "nan.csv": (b"1,2\nnan,3\n5,6\n", "row 2", "'nan,3'", FINITE),
     "nan_first.csv": (b"nan,3\n5,6\n", "row 1", "'nan,3'", FINITE),
     "gap_first.csv": (b"1,\n5,6\n", "row 1", "'1,'", FINITE),
     "inf.csv": (b"inf,3\n5,6\n", "row 1", "'inf,3'", FINITE),
     "header_word.csv": (b"x,y\n1,2\n3,x\n", "row 3", "'3,x'", FINITE),
     "header_ragged.csv": (b"x,y\n1,2\n3\n", "row 3", "'3'", COLUMNS),
-    "ragged.csv": (b"1,2\n3,4,5\n", "row 2", "'3,4,5'", COLUMNS),
-    "one.csv": (b"1\n2\n3\n", "row 1", "'1'", COLUMNS),
-    "four.csv": (b"1,2,3,4\n1,2,3,4\n", "row 1", "'1,2,3,4'", COLUMNS),
     "index.csv": (b",x,y\n0,1,2\n1,3,4\n", "row 1", "',x,y'", "index=False"),
     "utf16.csv": ("x,y\n1,2\n".encode("utf-16"), "UTF-8", r"\xff\xfe"),
-    "points.gz": (gzip.compress(b"1,2\n3,4\n"), "UTF-8", r"\x1f\x8b"),
     "points.npz": (npy(ARRAY, np.savez), "UTF-8", "PK"),
     "points_npz.npy": (npy(ARRAY, np.savez), ""),
-    "text.npy": (b"1,2\n3,4\n", ""),
     "empty.npy": (b"", ""),
-    "cut.npy": (npy(ARRAY)[:-8], ""),
     "objects.npy": (npy(np.array([[1, None]]), allow_pickle=True), "bject"),
     "nan.npy": (npy(np.array([[1, 2], [3, np.nan]])), "row 2", "nan", FINITE),
 }
-ARRAYS = [np.zeros((2, 5)), np.zeros((5, 3)), np.zeros((0, 2)), np.zeros(4), np.float64(3)]
+ARRAYS = [np.zeros((5, 3)), np.zeros((0, 2)), np.zeros(4), np.float64(3)]
 ARRAYS += [np.zeros((3, 2), complex), np.array([["1", "2"]])]
 for k, array in enumerate(ARRAYS):
     BAD[f"array{k}.npy"] = (npy(array), str(list(array.shape)), str(array.dtype), NUMBERS)
@@ -271,18 +227,15 @@ for k, array in enumerate(ARRAYS):
 @pytest.mark.parametrize("name", BAD)
 def test_unusable_files_are_refused_with_what_they_hold(name, tmp_path, refuses):
     path, (content, *words) = tmp_path / name, BAD[name]
-    if isinstance(content, bytes):
+    if content is not None:
         path.write_bytes(content)
-    elif content is not None:
-        path.mkdir()
     refuses(main, [*SMALL, "--data", path, "--out", tmp_path / "out"], path, *words)
 
 
 @pytest.mark.parametrize("points", [[[7, -3]], [[7, -3], [8, -5]], [[7, -3], [7, -5], [7, 0]]])
 def test_one_point_and_columns_of_one_value_are_trained(points, run, tmp_path):
     np.save(tmp_path / "points.npy", points)
-    metrics = run("--data", tmp_path / "points.npy", "--steps", 100)
-    samples = np.load(tmp_path / "samples.npy")
+    metrics, samples = run("--data", tmp_path / "points.npy", "--steps", 100)
     assert np.isfinite(samples).all() and 0 < metrics["loss"] < 1.5
     np.testing.assert_allclose(samples.mean(0), np.mean(points, 0), atol=1)
 
@@ -291,97 +244,59 @@ def test_own_points_come_back_in_their_own_units(run, tmp_path):
     """Seconds since 1970 beside a small number: in float32 there would be one value in 128 s."""
     points = np.random.default_rng(0).normal([1.75e9, -3], [60, 0.01], (300, 2))
     np.savetxt(tmp_path / "points.csv", points, delimiter=",", header="time,value", comments="")
-    metrics = run("--data", tmp_path / "points.csv", "--steps", 150, "--batch-size", 256)
+    metrics, samples = run("--data", tmp_path / "points.csv", "--steps", 150, "--batch-size", 256)
     assert set(metrics) == {"loss", "bound_nats"}
-    assert set(strict_json(tmp_path / "metrics.json")) == FLAGS | set(metrics)
-    saved = torch.load(tmp_path / "model.pt", weights_only=True)
-    np.testing.assert_allclose(saved["mean"], points.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(saved["std"], points.std(0), rtol=1e-9)
-    samples = np.load(tmp_path / "samples.npy")
     assert samples.dtype == np.float64 and samples.shape == (300, 2)
     assert len(np.unique(samples[:, 0])) > 290
     np.testing.assert_allclose((samples.mean(0) - [1.75e9, -3]) / [60, 0.01], 0, atol=0.5)
     np.testing.assert_allclose(samples.std(0), [60, 0.01], rtol=0.4)
 
 
-def test_tiny_and_huge_units_are_treated_alike(run, tmp_path):
-    """By powers of two, 1e-12 and 1e12 nearly, so that the numbers are the very same."""
+def test_same_seed_gives_the_same_numbers_in_tiny_and_huge_units_and_another_others(run, tmp_path):
+    """Units of powers of two, 1e-12 and 1e12 nearly, so that the numbers are the very same."""
     points = np.random.default_rng(0).normal([1, -2], [3, 0.5], (100, 2))
     results = []
-    for scale in (1, 2.0**-40, 2.0**40):
+    for scale, seed in ((1, 3), (2.0**-40, 3), (2.0**40, 3), (1, 4)):
         np.save(tmp_path / "points.npy", points * scale)
-        metrics = run("--data", tmp_path / "points.npy")
-        results.append((metrics, (np.load(tmp_path / "samples.npy") / scale).tolist()))
+        metrics, samples = run("--data", tmp_path / "points.npy", "--seed", seed)
+        results.append((metrics, (samples / scale).tolist()))
     assert results[0] == results[1] == results[2]
+    assert results[0][0]["loss"] != results[3][0]["loss"]
+    assert not np.isclose(results[0][1], results[3][1]).all(1).any()
 
 
-def test_program_leaves_its_files_in_an_empty_folder_and_needs_no_pyplot(tmp_path):
-    command = [sys.executable, "-X", "importtime", ddpm_2d.__file__, *SMALL]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "matplotlib.figure" in imported and "matplotlib.pyplot" not in imported
-    out = tmp_path / "runs" / "ddpm_2d"
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-    files = {"model.pt", "samples.npy", "metrics.json", "process.png"}
-    assert {path.name for path in out.iterdir()} == files
-    metrics = strict_json(out / "metrics.json")
-    assert set(metrics) == TRUTH | FLAGS | {"loss", "bound_nats"}
-    assert metrics["T"] == 21 and metrics["data"] == "8gaussians" and metrics["samples"] == 300
-    assert json.loads(done.stdout) == metrics and np.load(out / "samples.npy").shape == (300, 2)
+def judged(data, diffusion, model):
+    """The scores of a model and of its samples."""
+    torch.manual_seed(0)
+    *_, samples = diffusion.p_sample_loop(model, torch.randn(1000, 2))
+    return ddpm_2d.evaluate(diffusion, model, data, samples)
 
 
-def test_same_seed_gives_the_same_numbers_and_another_seed_others(run, tmp_path):
-    results = []
-    for seed in (3, 3, 4):
-        results.append((run("--seed", seed), np.load(tmp_path / "samples.npy").tolist()))
-        torch.randn(7)
-    assert results[0] == results[1]
-    assert results[0][0]["loss"] != results[2][0]["loss"]
-    assert not np.isclose(results[0][1], results[2][1]).all(1).any()
-
-
-@pytest.fixture
-def replaced(monkeypatch, run):
-    """replaced(function, *flags): metrics of main with function(net, xt, t) for the network."""
-
-    def metrics(function, *flags):
-        def forward(net, xt, t):
-            return function(net, xt, t) + 0 * net.out.weight.sum()  # to have a gradient
-
-        monkeypatch.setattr(NoisePredictor, "forward", forward)
-        return run(*flags)
-
-    return metrics
-
-
-def test_exact_model_gets_perfect_scores(replaced, toys):
-    def exact(net, xt, t):
-        return toys["8gaussians"].ideal_eps(net.diffusion, xt, t)
-
-    metrics = replaced(exact, "--T", 200, "--samples", 10_000, "--steps", 1)
+def test_exact_model_gets_perfect_scores(toys):
+    data, diffusion = toys["8gaussians"], Diffusion(cosine_schedule(200))
+    model = partial(data.ideal_eps, diffusion)
+    metrics = judged(data, diffusion, model)
     assert metrics["excess_loss"] == 0 and metrics["bound_nats"] == metrics["ideal_bound_nats"]
-    assert metrics["off_support"] < 0.003
+    assert metrics["off_support"] < 0.01
+    metrics = ddpm_2d.evaluate(diffusion, model, data, data.sample(10_000))
+    assert 0 < metrics["off_support"] < 0.004  # 0.001 is perfect
     entropy = math.log(8) + math.log(2 * math.pi * math.e * 0.08**2)
     assert abs(metrics["entropy_nats"] - entropy) < 6 / 512**0.5  # sd of log p is 1 for d = 2
     assert 0 < metrics["bound_nats"] - metrics["entropy_nats"] < 2  # the price of fixed variances
 
 
-def test_useless_models_get_bad_scores(replaced):
+def test_useless_models_get_bad_scores(toys):
     """eps = 0 has E[eps^2] = 1 and samples far off; eps = noise x_t draws from N(0, I)."""
-    metrics = replaced(lambda net, xt, t: 0 * xt)
+    data, diffusion = toys["8gaussians"], Diffusion(cosine_schedule(21))
+    metrics = judged(data, diffusion, lambda xt, t: 0 * xt)
     assert abs(metrics["loss"] - 1) < 6 * math.sqrt(2 / (512 * 2 * 21))
-    assert metrics["excess_loss"] == pytest.approx(metrics["loss"] / metrics["ideal_loss"] - 1)
     assert metrics["excess_loss"] > 0.5 and metrics["off_support"] > 0.9
-    metrics = replaced(lambda net, xt, t: net.diffusion.noise[t, None] * xt)
+    metrics = judged(data, diffusion, lambda xt, t: diffusion.noise[t, None] * xt)
     assert 0.5 < metrics["off_support"] < 0.95
     assert metrics["bound_nats"] > metrics["ideal_bound_nats"] + 1
-
-
-def test_nan_counts_as_off_support_and_is_null_in_the_file(replaced, tmp_path):
-    metrics = replaced(lambda net, xt, t: xt if torch.is_grad_enabled() else xt * math.nan)
-    for result in (metrics, strict_json(tmp_path / "metrics.json")):
-        assert result["off_support"] == 1 and result["ideal_loss"] > 0
-        assert result["loss"] is result["bound_nats"] is result["excess_loss"] is None
+    metrics = judged(data, diffusion, lambda xt, t: xt * math.nan)
+    assert metrics["off_support"] == 1 and metrics["ideal_loss"] > 0
+    assert metrics["loss"] is metrics["bound_nats"] is metrics["excess_loss"] is None
 
 
 def test_flags_of_training_are_obeyed_and_the_learning_rate_falls_to_nothing(tmp_path):
@@ -393,19 +308,14 @@ def test_flags_of_training_are_obeyed_and_the_learning_rate_falls_to_nothing(tmp
             seen.append((len(xt), self.bias[0].item()))
             return self.bias + 1000 + 0 * xt
 
-    flags = ["--steps", "40", "--batch-size", "7", "--lr", "0.3"]
-    diffusion, _, data, *budget = built(tmp_path, *flags)
+    flags = "--steps 40 --batch-size 7 --lr 0.3 --schedule linear --T 50"
+    diffusion, _, data, *budget = built(tmp_path, *flags.split())
+    assert diffusion.beta == ddpm_2d.linear_schedule(50).tolist()
     ddpm_2d.train(diffusion, Probe(2, 2), data, *budget)
     sizes, bias = zip(*seen, strict=True)
     moves = -np.diff(bias)
     assert sizes == (7,) * 40 and moves[0] == pytest.approx(0.3, rel=0.05)
     assert (np.diff(moves) < 0).all() and 0 < moves[-1] < 0.01
-
-
-def test_schedule_is_the_one_asked_for(tmp_path):
-    for name, make in (("linear", ddpm_2d.linear_schedule), ("cosine", cosine_schedule)):
-        diffusion, *_ = built(tmp_path, "--schedule", name, "--T", "50")
-        assert diffusion.beta == make(50).tolist()
 
 
 @pytest.fixture(scope="session")
@@ -419,122 +329,92 @@ def trained(tmp_path_factory):
 
 
 def test_short_training_gets_near_the_best_possible_loss(trained):
-    _, metrics, _ = trained
+    _, metrics, (_, _, data, states, fast) = trained
     assert 0 < metrics["excess_loss"] < 0.2
     assert 0 < metrics["bound_nats"] - metrics["ideal_bound_nats"] < 0.7
     assert metrics["off_support"] < 0.15
+    assert len(states) == 101 and len(fast) == 51
+    assert abs(states[0].mean()) < 6 / 8000**0.5 and abs(states[0].std() - 1) < 6 / 16_000**0.5
+    for state in states:  # of the pictures: no more memory than they show
+        assert state.shape == (4000, 2) and state.untyped_storage().nbytes() == 4000 * 2 * 4
+    assert torch.cdist(fast[-1], data.centers).min(1).values.median() < 2 * data.sigma
 
 
-def test_saved_model_is_loaded_in_four_lines_and_draws_the_same_distribution(trained):
-    out, metrics, (_, _, data, states, _) = trained
+def test_saved_model_is_loaded_in_four_lines_and_gives_the_same_samples(trained):
+    out, metrics, (*_, states, fast) = trained
     saved = torch.load(out / "model.pt", weights_only=True)
     diffusion = Diffusion(cosine_schedule(saved["T"]))
     net = NoisePredictor(diffusion)
     net.load_state_dict(saved["net"])
     assert (saved["data"], saved["schedule"], len(saved["losses"])) == ("8gaussians", "cosine", 400)
     assert np.mean(saved["losses"][-50:]) == pytest.approx(metrics["loss"], rel=0.2)
-    torch.manual_seed(5)
-    *_, x = diffusion.p_sample_loop(net, torch.randn(4000, 2))
-    drawn = [torch.cdist(points, data.centers).min(1) for points in (x, states[-1])]
-    shares = [torch.bincount(nearest, minlength=8) / 4000 for _, nearest in drawn]
-    assert (shares[0] - shares[1]).abs().max() < 6 * (2 / 8 / 4000) ** 0.5
-    assert all(distance.median() < 2 * data.sigma for distance, _ in drawn)
-    ring = torch.view_as_real(TOYS["8gaussians"])  # whose units are those of samples.npy
+    *_, x = diffusion.ddim_sample_loop(net, states[0])
+    torch.testing.assert_close(x, fast[-1])
     samples = torch.from_numpy(np.load(out / "samples.npy"))
-    assert torch.cdist(samples, ring).min(1).values.median() < 0.1
     assert torch.equal(samples[:4000], states[-1].double() * saved["std"] + saved["mean"])
 
 
-def test_pictures_get_the_states_of_both_samplers_and_no_more_memory_than_they_show(trained):
-    _, _, (_, _, data, states, fast) = trained
-    assert len(states) == 101 and len(fast) == 51 and torch.equal(states[0], fast[0])
-    for state in states:
-        assert state.shape == (4000, 2) and state.untyped_storage().nbytes() == 4000 * 2 * 4
-    assert torch.cdist(fast[-1], data.centers).min(1).values.median() < 2 * data.sigma
-
-
 @pytest.mark.parametrize("T", [21, 1000])
-def test_every_panel_shows_the_state_of_its_title(T, toys, tmp_path, monkeypatch):
+def test_every_panel_shows_the_state_of_its_title(T, tmp_path, monkeypatch):
     figure = ddpm_2d.Figure(figsize=(13, 7), layout="constrained")
     monkeypatch.setattr(ddpm_2d, "Figure", lambda **more: figure)
-    mine, backend = plt.figure(), matplotlib.get_backend()
-    data, diffusion, steps = toys["moons"], Diffusion(cosine_schedule(T)), min(50, T)
+    data, steps = ToyData(torch.tensor([[5.0, 5.0]]), 0.0), min(50, T)
+    diffusion = Diffusion(cosine_schedule(T))
     states = [torch.full((9, 2), float(t)) for t in range(T, -1, -1)]
     fast = [torch.full((9, 2), T * k / steps) for k in range(steps, -1, -1)]
     ddpm_2d.draw(tmp_path / "process.png", diffusion, data, states, fast)
-    assert plt.get_fignums() == [mine.number] and not mine.axes  # the user's own stays
-    assert matplotlib.get_backend() == backend
-    plt.close(mine)
-    assert plt.imread(tmp_path / "process.png")[..., :3].std() > 0.05  # it is not empty
     seen = set()
     for ax in figure.axes:
         name, t = ax.get_title().split(", t = ")
         seen.add((name, t := int(t)))
-        assert ax.get_xlim() == ax.get_ylim() == figure.axes[0].get_xlim()
         points = torch.tensor(np.asarray(ax.collections[0].get_offsets())).float()
-        if name == "q":
-            assert len(points) == 4000 and (points.var(0) - 1).abs().max() < 0.3
-            far = torch.cdist(points, data.centers).min(1).values.max() > 6 * data.sigma
-            assert t not in (0, T) or far == (t == T)
-        else:
-            assert (points - t).abs().max() <= (T / steps if name == "DDIM" else 0)
+        want = 5 * diffusion.signal[t] if name == "q" else t
+        slack = {"q": 0.1, "DDPM": 0, "DDIM": T / steps}[name]
+        assert (points.mean(0) - want).abs().max() <= slack
     assert seen >= {(name, t) for name in ("q", "DDPM", "DDIM") for t in (0, T // 2, T)}
 
 
 WRONG = ["--T 20", "--T 10000000000", "--steps 0", "--batch-size -3", "--samples 0", "--seed -1"]
 WRONG += ["--lr -1", "--lr nan", "--lr inf", "--schedule tanh", "--device gpu", "--device cuda:99"]
+WRONG += ["--out /dev/null"]  # a file
 HINTS = {"--T 20": "21", "--schedule tanh": "cosine", "--device gpu": "cpu, cuda"}
 
 
 @pytest.mark.parametrize("flag", WRONG)
 def test_wrong_flags_are_refused_in_one_line(flag, refuses, tmp_path):
-    argv = [*flag.split(), "--out", tmp_path / "out"]
-    refuses(main, argv, argv[0], HINTS.get(flag, ""))
-    assert not (tmp_path / "out" / "model.pt").exists()
-
-
-def test_out_that_is_a_file_is_refused_and_left_alone(tmp_path, refuses):
-    file = tmp_path / "file"
-    file.write_text("mine")
-    for out in (file, file / "sub"):
-        refuses(main, [*SMALL, "--out", out], out)
-    assert file.read_text() == "mine"
+    argv = ["--out", tmp_path / "out", *flag.split()]
+    refuses(main, argv, argv[2], HINTS.get(flag, ""))
 
 
 def test_loss_that_is_not_finite_ends_and_keeps_the_old_model(run, tmp_path):
-    (tmp_path / "model.pt").write_bytes(b"of another run")
-    with pytest.raises(SystemExit, match=r"loss .* at step \d+: .* lower --lr") as exit:
+    (tmp_path / "model.pt").write_bytes(b"old")
+    with pytest.raises(SystemExit, match=r"loss .* at step \d+: .* lower --lr"):
         run("--lr", 1e9, "--steps", 50)
-    assert isinstance(exit.value.code, str)  # which makes python print it and end with 1
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
-    assert (tmp_path / "model.pt").read_bytes() == b"of another run"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"model.pt": b"old"}
 
 
-def test_default_device_is_what_is_there_and_gives_the_numbers_of_the_cpu(tmp_path, monkeypatch):
-    """On the pretend device, which refuses CPU tensors: all of main, its pictures included."""
-
-    def run_where(device, out):  # torch may be built for one that is not there
-        def current(check_available=False):
-            return device if check_available else torch.device("cuda")
-
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
-        metrics = main([*SMALL, "--out", str(out)])
-        assert strict_json(out / "metrics.json")["device"] == str(device or "cpu")
-        return metrics, np.load(out / "samples.npy")
-
-    here, samples = run_where(None, tmp_path / "cpu")
+def test_program_leaves_its_files_and_a_device_gives_the_same_numbers(tmp_path, monkeypatch):
+    """A pretend device, which refuses CPU tensors: all of main, with its pictures."""
+    command = [sys.executable, ddpm_2d.__file__, *SMALL, "--device", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    here = tmp_path / "runs" / "ddpm_2d"
+    files = {here / name for name in ("metrics.json", "model.pt", "process.png", "samples.npy")}
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == files
+    written = json.loads((here / "metrics.json").read_text())
+    assert json.loads(done.stdout) == written
     with pretend_device() as device:
-        there, others = run_where(torch.device(device), tmp_path / "there")
-    assert there == pytest.approx(here, rel=1e-4, abs=1e-4)
-    np.testing.assert_allclose(others, samples, rtol=1e-3, atol=1e-3)
+        built_for = {True: torch.device(device), False: torch.device("cuda")}  # is it there?
+        find = "torch.accelerator.current_accelerator"
+        monkeypatch.setattr(find, lambda check_available=False: built_for[check_available])
+        metrics = main([*SMALL, "--out", str(tmp_path)])
+    there = json.loads((tmp_path / "metrics.json").read_text())
+    assert there["device"] == device and there.keys() == written.keys()
+    assert {key: written[key] for key in metrics} == pytest.approx(metrics, rel=1e-4, abs=1e-4)
+    samples = [np.load(folder / "samples.npy") for folder in (here, tmp_path)]
+    np.testing.assert_allclose(*samples, rtol=1e-3, atol=1e-3)
 
 
 def test_centers_left_on_the_cpu_are_noticed(toys):
     """A fault of the first edition, which crashed on every GPU."""
-    data = toys["moons"]
-    with pretend_device() as device:
-        x = torch.zeros(5, 2, device=device)
-        with pytest.raises(RuntimeError, match="same device"):
-            data.log_prob(x)
-        there = data._replace(centers=data.centers.to(device))
-        assert there.log_prob(x).device.type == there.sample(5).device.type == device
+    with pretend_device() as device, pytest.raises(RuntimeError, match="same device"):
+        toys["moons"].log_prob(torch.zeros(5, 2, device=device))

@@ -1,5 +1,4 @@
-"""What ddpm_2d.py and ddpm_mnist.py share, as one specification: each closed form stands against an
-oracle that is not our code.
+"""What ddpm_2d.py and ddpm_mnist.py share, as one specification, against oracles not of our code.
 
 Statistical checks allow six standard errors and are seeded. Exact ones run in float64: only the
 buffers signal and noise are float32, and the samplers do not use them.
@@ -11,28 +10,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pretend_device import pretend_device
 from torch.distributions import Normal, kl_divergence
 
 import ddpm_2d
 import ddpm_mnist
 
 SHAPES = [(2,), (1, 4, 4), (3, 4, 2)]  # points and images
-NAMES = ["linear", "cosine", "sigmoid"]
-
-
-def sigmoid_schedule(T):
-    """A user's own (Jabri et al. 2022)."""
-    f = torch.sigmoid(3 - 6 * torch.linspace(0, 1, T + 1, dtype=torch.float64))
-    alpha_bar = (f - f[-1]) / (f[0] - f[-1])
-    beta = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    return torch.cat([torch.zeros(1, dtype=torch.float64), beta])
+NAMES = ["linear", "cosine"]
 
 
 def schedule(name, T, script=ddpm_2d):
     """beta and alpha_bar, float64 [T + 1]."""
-    makers = {"linear": ddpm_2d.linear_schedule, "sigmoid": sigmoid_schedule}
-    beta = makers.get(name, script.cosine_schedule)(T)
+    beta = ddpm_2d.linear_schedule(T) if name == "linear" else script.cosine_schedule(T)
     return beta, torch.cumprod(1 - beta, 0)
 
 
@@ -59,20 +48,22 @@ def gaussian_eps(alpha_bar, m, s):
     return model
 
 
-def chain(beta, alpha_bar, c, m=0.0, last=0.0):
-    """Mean and variance of x_0 by Algorithm 2 with eps_theta = c_t (x_t - sqrt(alpha_bar_t) m)."""
-    mean, var = 0.0, 1.0  # of x_T
+def final_variance(beta, alpha_bar, c, last=0.0):
+    """Of x_0 by Algorithm 2 with eps_theta = c_t x_t; last is that of the noise at t = 1."""
+    var = 1.0  # of x_T
     for t in range(len(beta) - 1, 0, -1):
         a, b = alpha_bar[t], beta[t]
-        shrink = b * c[t] / (1 - a).sqrt()
-        mean = (mean - shrink * (mean - a.sqrt() * m)) / (1 - b).sqrt()
         sigma2 = b * (1 - alpha_bar[t - 1]) / (1 - a) if t > 1 else last
-        var = (1 - shrink) ** 2 / (1 - b) * var + sigma2
-    return mean.item(), var.item()
+        var = (1 - b * c[t] / (1 - a).sqrt()) ** 2 / (1 - b) * var + sigma2
+    return var.item()
+
+
+def algorithm_2(beta, model, xT, generator=None):
+    """All states, x_T to x_0; what DDIM with eta = 1 and T steps must give as well."""
+    return list(ddpm_2d.Diffusion(beta).p_sample_loop(model, xT, generator))
 
 
 def assert_law(x, mean, sd):
-    """The draws x of one Gaussian have this mean and standard deviation."""
     assert abs(x.mean().item() - mean) < 6 * sd / x.numel() ** 0.5 + 1e-5
     assert abs(x.std().item() - sd) < 6 * sd / (2 * x.numel()) ** 0.5 + 1e-5
 
@@ -82,48 +73,21 @@ def script(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=["ddpm_2d-p_sample_loop", "ddpm_2d-ddim", "ddpm_mnist-ddim"])
-def algorithm_2(request):
-    """The three samplers that are Algorithm 2: (beta, model, xT, generator) -> T + 1 states."""
-    name, loop = request.param.split("-")
-
-    def states(beta, model, xT, generator=None):
-        diffusion = {"ddpm_2d": ddpm_2d, "ddpm_mnist": ddpm_mnist}[name].Diffusion(beta)
-        if loop == "ddim":
-            return list(diffusion.ddim_sample_loop(model, xT, diffusion.T, 1.0, generator))
-        return list(diffusion.p_sample_loop(model, xT, generator))
-
-    return states
-
-
 @given(name=st.sampled_from(NAMES), T=st.integers(1, 5000))
 def test_every_schedule_turns_data_into_noise_step_by_step(script, name, T):
-    beta, alpha_bar = schedule(name, T + 20 if name == "linear" else T, script)
+    T += 20 if name == "linear" else 0
+    beta, alpha_bar = schedule(name, T, script)
     assert beta.dtype == torch.float64 and beta[0] == 0
-    assert (beta[1:] > 0).all() and (beta < 1).all()
+    assert (beta[1:] > 0).all() and (beta < 1).all() and (beta.diff() >= 0).all()
     assert (alpha_bar.diff() < 0).all() and alpha_bar[-1].sqrt() < 0.04
-    if name != "sigmoid":
-        assert (beta.diff() >= 0).all()
+    assert beta[-1].item() == pytest.approx(20 / T if name == "linear" else 0.999)
     diffusion = script.Diffusion(beta)
-    assert diffusion.T == len(beta) - 1 == (T + 20 if name == "linear" else T)
+    assert diffusion.T == len(beta) - 1 == T
     assert diffusion.alpha_bar == alpha_bar.tolist()
+    assert not diffusion.state_dict()  # weights fit any schedule
     for buffer, want in ((diffusion.signal, alpha_bar), (diffusion.noise, 1 - alpha_bar)):
         assert buffer.dtype == torch.float32  # of differences in float64, which counts at t = 1
         torch.testing.assert_close(buffer.double() ** 2, want, rtol=3e-7, atol=0)
-
-
-GOLDEN = [("linear", 1, 0.9999), ("linear", 2, 0.99978009), ("linear", 500, 0.0785872)]
-GOLDEN += [("linear", 1000, 4.0358e-5), ("cosine", 1, 1 - 4.128e-5), ("cosine", 1000, 2.43e-9)]
-
-
-@pytest.mark.parametrize(("name", "t", "value"), GOLDEN)
-def test_schedules_have_the_values_of_their_authors(script, name, t, value):
-    beta, alpha_bar = schedule(name, 1000, script)
-    assert alpha_bar[t].item() == pytest.approx(value, rel=1e-8 if t < 3 else 5e-3)
-    assert beta[-1] == (0.02 if name == "linear" else 0.999) and beta[-2] < 0.8
-    shorter = {"linear": (7.7e-6, 2.0e-5), "cosine": (9.7e-7, 2.4e-7)}[name]
-    for T, end in zip((50, 100), shorter, strict=True):
-        assert schedule(name, T, script)[1][-1].item() == pytest.approx(end, rel=0.02)
 
 
 @given(name=st.sampled_from(NAMES), T=st.integers(21, 500), u=st.floats(0, 1), x0=st.floats(-3, 3))
@@ -146,18 +110,21 @@ def test_q_sample_is_T_one_step_kernels_in_a_row(script, name, T):
     ones = torch.ones(T + 1, 2)
     got = script.Diffusion(beta).q_sample(ones, torch.arange(T + 1), ones * torch.tensor([0, 2]))
     torch.testing.assert_close(got, torch.tensor(path), rtol=1e-5, atol=1e-6)
-    assert torch.equal(got[0], ones[0])  # nothing happens at t = 0
 
 
-@given(shape=st.sampled_from(SHAPES), T=st.integers(1, 50), n=st.integers(1, 5), data=st.data())
+@given(shape=st.sampled_from(SHAPES), T=st.integers(1, 300), n=st.integers(1, 5), data=st.data())
 def test_every_result_has_the_shape_of_the_points_or_images(script, shape, T, n, data):
+    """DDIM visits T first, then evenly spaced steps; p_sample_loop visits them all."""
     diffusion = script.Diffusion(schedule("cosine", T)[0])
     x0 = randn(n, *shape, dtype=torch.float32)
     t = torch.randint(1, T + 1, (n,), generator=seeded(T))
     assert diffusion.q_sample(x0, t, x0).shape == x0.shape
     weight = torch.tensor(1.0, requires_grad=True)
+    seen = []
 
     def model(xt, t):
+        assert t.shape == (n,) and t.dtype == torch.long
+        seen.append(t)
         return weight * wave(xt, t)
 
     assert diffusion.p_losses(model, x0).shape == (n,)
@@ -166,22 +133,31 @@ def test_every_result_has_the_shape_of_the_points_or_images(script, shape, T, n,
     if script is ddpm_2d:
         loops.append((T, diffusion.p_sample_loop(model, x0)))
     for number, loop in loops:
-        states = []
-        for xt in loop:
+        seen.clear()
+        for count, xt in enumerate(loop):
             assert xt.shape == x0.shape and xt.dtype == torch.float32 and not xt.requires_grad
             assert (weight * xt).requires_grad  # the caller may still differentiate
-            states.append(xt)
-        assert len(states) == number + 1 and torch.equal(states[0], x0)
+        assert len(seen) == count == number and (seen[0] == T).all()
+        gaps = -torch.stack([*seen, 0 * t]).diff(dim=0)
+        assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"), [("linear", 0.9999, 4.0358e-5), ("cosine", 1 - 4.128e-5, 2.43e-9)]
+)
+def test_schedules_have_the_values_of_their_authors(script, name, first, last):
+    _, alpha_bar = schedule(name, 1000, script)
+    assert alpha_bar[1].item() == pytest.approx(first, rel=1e-8)
+    assert alpha_bar[-1].item() == pytest.approx(last, rel=5e-3)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loss_is_the_mean_squared_error_of_the_noise_and_has_its_gradient(script, shape):
-    """Every row has its own t."""
     beta, alpha_bar = schedule("cosine", 100)
-    diffusion, t = script.Diffusion(beta), torch.tensor([1, 40, 100])
+    t = torch.tensor([1, 40, 100])
     x0, eps = randn(2, 3, *shape)
     scale = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    loss = diffusion.p_losses(lambda xt, t: scale * wave(xt, t), x0, t, eps)
+    loss = script.Diffusion(beta).p_losses(lambda xt, t: scale * wave(xt, t), x0, t, eps)
     loss.sum().backward()
     a = alpha_bar[t].view(-1, *[1] * len(shape))
     output = wave(a.sqrt() * x0 + (1 - a).sqrt() * eps, t)
@@ -192,7 +168,7 @@ def test_loss_is_the_mean_squared_error_of_the_noise_and_has_its_gradient(script
 
 
 def test_training_draws_t_from_1_to_T_and_fresh_gaussian_noise_which_is_the_target(script):
-    """A model that returns what was added has no loss; one that returns 0 has E[eps^2] = 1."""
+    """A model that returns what was added has no loss, and returned again, one of 2."""
     diffusion, n, seen = script.Diffusion(schedule("linear", 50)[0]), 200_000, []
 
     def perfect(xt, t):
@@ -209,20 +185,16 @@ def test_training_draws_t_from_1_to_T_and_fresh_gaussian_noise_which_is_the_targ
     assert abs((eps**4).mean() - 3) < 6 * math.sqrt(96 / (2 * n))  # uniform noise has 1.8
     other = diffusion.p_losses(perfect, torch.zeros(n, 2)).mean()
     assert abs(other - 2) < 6 * math.sqrt(8 / (2 * n))
-    zero = diffusion.p_losses(lambda xt, t: 0 * xt, torch.zeros(n, 2)).mean()
-    assert abs(zero - 1) < 6 * math.sqrt(2 / (2 * n))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_sampler_is_algorithm_2_written_out(algorithm_2, name, shape):
+def test_sampler_is_algorithm_2_written_out(name, shape):
     """Eq. (11) and sigma_t^2 = beta-tilde_t, Eq. (7), in float64 with the same draws of z."""
-    T, seen = 60, []
+    T = 60
     beta, a = schedule(name, T)
     x, draws = randn(7, *shape, seed=1), seeded(2)
-    states = algorithm_2(beta, lambda xt, t: seen.append(t) or wave(xt, t), x, seeded(2))
-    assert len(states) == T + 1 and torch.equal(states[0], x)
-    assert torch.equal(torch.stack(seen), torch.arange(T, 0, -1)[:, None].expand(T, 7))
+    states = algorithm_2(beta, wave, x, seeded(2))
     for t in range(T, 0, -1):
         eps = wave(x, torch.tensor([t]))
         x = (x - beta[t] / (1 - a[t]).sqrt() * eps) / (1 - beta[t]).sqrt()
@@ -240,7 +212,7 @@ def test_ddim_with_eta_1_and_T_steps_is_algorithm_2(script, name, T):
     beta, alpha_bar = schedule("cosine" if T < 21 else name, T)
     model = gaussian_eps(alpha_bar, 0.5, 0.4)
     xT = randn(5, *SHAPES[T % 3], seed=7, dtype=torch.float32)
-    ddpm = ddpm_2d.Diffusion(beta).p_sample_loop(model, xT, seeded(8))
+    ddpm = algorithm_2(beta, model, xT, seeded(8))
     ddim = script.Diffusion(beta).ddim_sample_loop(model, xT, T, 1.0, seeded(8))
     for a, b in zip(ddpm, ddim, strict=True):
         assert b.dtype == torch.float32 and b.isfinite().all()
@@ -248,7 +220,7 @@ def test_ddim_with_eta_1_and_T_steps_is_algorithm_2(script, name, T):
 
 
 @given(name=st.sampled_from(NAMES), t=st.integers(2, 100), x0=st.floats(-2, 2), z=st.floats(-2, 2))
-def test_step_of_a_model_that_knows_x0_is_bayes_rule(algorithm_2, name, t, x0, z):
+def test_step_of_a_model_that_knows_x0_is_bayes_rule(name, t, x0, z):
     """q(x_{t-1} | x_t, x_0) on a grid. A schedule cut off at t makes step t the first one."""
     beta, alpha_bar = schedule(name, 100)
     a, b = alpha_bar[t - 1].item(), beta[t].item()
@@ -267,59 +239,32 @@ def test_step_of_a_model_that_knows_x0_is_bayes_rule(algorithm_2, name, t, x0, z
     assert sd**2 == pytest.approx((p * (x - want) ** 2).sum().item(), rel=1e-6)
 
 
-def test_exact_model_of_a_gaussian_gives_the_law_of_the_closed_recursion(algorithm_2):
-    m, s = 0.7, 0.5
+def test_exact_model_of_a_gaussian_gives_the_law_of_the_closed_recursion(script):
+    s = 0.5
     beta, a = schedule("linear", 50)
-    mean, var = chain(beta, a, (1 - a).sqrt() / (a * s**2 + 1 - a), m)
-    xT = randn(200_000, 1, seed=3, dtype=torch.float32)
-    x0 = algorithm_2(beta, gaussian_eps(a, m, s), xT, seeded(4))[-1]
-    assert_law(x0, mean, var**0.5)
+    var = final_variance(beta, a, (1 - a).sqrt() / (a * s**2 + 1 - a))
+    model = gaussian_eps(a, 0, s)
+    xT = randn(200_000, 1, seed=3)
+    torch.manual_seed(4)  # as no generator is given
+    *_, by_ddim = script.Diffusion(beta).ddim_sample_loop(model, xT, 50, 1.0)
+    for x0 in (algorithm_2(beta, model, xT)[-1], by_ddim):
+        assert_law(x0, 0, var**0.5)
 
 
-def test_last_step_adds_no_noise(algorithm_2):
-    """x_0 is what the model's last output says that it is; of a single point, it is the point."""
+def test_last_step_adds_no_noise():
+    """x_0 is what the model's last output says that it is."""
     beta, alpha_bar = schedule("linear", 30)
     *_, x1, x0 = algorithm_2(beta, wave, randn(50, 2), seeded())
     eps = wave(x1, torch.ones(50, dtype=torch.long))
     a = alpha_bar[1]
     torch.testing.assert_close(x0, (x1 - (1 - a).sqrt() * eps) / a.sqrt())
-    point = algorithm_2(beta, gaussian_eps(alpha_bar, 0.8, 0.0), randn(50, 2))[-1]
-    torch.testing.assert_close(point, torch.full_like(point, 0.8))
 
 
-def test_generator_decides_the_noise_alone(algorithm_2):
-    beta, _ = schedule("cosine", 30)
-    runs = []
-    for world, seed in ((1, 5), (2, 5), (2, 6)):
-        torch.manual_seed(world)
-        runs.append(algorithm_2(beta, wave, randn(3, 2), seeded(seed))[-1])
-    assert torch.equal(*runs[:2]) and not torch.isclose(*runs[1:]).any()
-    free = algorithm_2(beta, wave, torch.zeros(200, 2))[1]
-    assert free.unique().numel() == 400  # without one, every coordinate gets its own noise
-
-
-@given(T=st.integers(1, 300), data=st.data())
-def test_ddim_visits_T_first_and_ends_at_x0_for_every_number_of_steps(script, T, data):
-    steps, seen = data.draw(st.integers(1, T)), []
-    beta, alpha_bar = schedule("cosine", T)
-    xT = randn(3, 2)
-    loop = script.Diffusion(beta).ddim_sample_loop(lambda x, t: seen.append(t) or 0 * x, xT, steps)
-    states = list(loop)
-    assert all(t.shape == (3,) and t.dtype == torch.long and (t == t[0]).all() for t in seen)
-    visited = torch.tensor([t[0].item() for t in seen] + [0])
-    assert len(states) == len(visited) == steps + 1 and visited[0] == T
-    gaps = -visited.diff()
-    assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1  # evenly spaced
-    # with eps = 0, all states of the path have one x_0
-    torch.testing.assert_close(states[-1], xT / alpha_bar[T].sqrt())
-
-
-@given(steps=st.integers(1, 60), eta=st.floats(0, 1), more=st.sampled_from([*zip(NAMES, SHAPES)]))
-def test_ddim_step_is_eq_12_and_16(script, steps, eta, more):
+@given(steps=st.integers(1, 60), eta=st.floats(0, 1), name=st.sampled_from(NAMES))
+def test_ddim_step_is_eq_12_and_16(script, steps, eta, name):
     """The whole path in float64, with a_0 = 1."""
-    name, shape = more
     beta, a = schedule(name, 60)
-    x, draws = randn(5, *shape, seed=steps), seeded(9)
+    x, draws = randn(5, *SHAPES[steps % 3], seed=steps), seeded(9)
     states = list(script.Diffusion(beta).ddim_sample_loop(wave, x, steps, eta, seeded(9)))
     times = [round(60 * k / steps) for k in range(steps, -1, -1)]
     for t, s, state in zip(times, times[1:], states[1:], strict=False):
@@ -331,58 +276,26 @@ def test_ddim_step_is_eq_12_and_16(script, steps, eta, more):
         torch.testing.assert_close(state, x, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize(("steps", "eta"), [(10, 0.0), (10, 0.5), (10, 1.0), (100, 1.0)])
-def test_every_sampler_keeps_the_marginals_if_the_model_knows_x0(script, steps, eta):
-    """Song et al., Lemma 1: then every x_s is N(sqrt(a_s) x_0, 1 - a_s)."""
-    beta, alpha_bar = schedule("linear", 100)
-    xT = alpha_bar[-1].sqrt() * 0.5 + (1 - alpha_bar[-1]).sqrt() * randn(20_000, 1, seed=4)
-    model = gaussian_eps(alpha_bar, 0.5, 0.0)
-    states = list(script.Diffusion(beta).ddim_sample_loop(model, xT, steps, eta, seeded(5)))
-    for s in range(0, 101, 10):
-        a = alpha_bar[s].item()
-        assert_law(states[steps * (100 - s) // 100], a**0.5 * 0.5, (1 - a) ** 0.5)
-
-
 def test_ddim_without_noise_is_deterministic_and_follows_the_flow(script):
     """For N(m, s^2) the probability flow is affine: x_0 = m + s (x_T - sqrt(a) m) / sd(x_T)."""
     m, s = -0.4, 0.6
     beta, alpha_bar = schedule("linear", 1000)
     xT = randn(100, 2, seed=10)
-    runs = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        model = gaussian_eps(alpha_bar, m, s)
-        runs.append(list(script.Diffusion(beta).ddim_sample_loop(model, xT, 1000))[-1])
+    diffusion, model = script.Diffusion(beta), gaussian_eps(alpha_bar, m, s)
+    runs = [list(diffusion.ddim_sample_loop(model, xT, 1000))[-1] for _ in range(2)]
     assert torch.equal(*runs)
     a = alpha_bar[-1]
     want = m + s * (xT - a.sqrt() * m) / (a * s**2 + 1 - a).sqrt()
     torch.testing.assert_close(runs[0], want, rtol=0, atol=0.01)
 
 
-IMPOSSIBLE = [(0, 0.0), (22, 0.0), (-1, 0.5), (5, -0.1), (5, 1.1), (5, math.nan)]
-
-
-@pytest.mark.parametrize(("steps", "eta"), IMPOSSIBLE)
+@pytest.mark.parametrize(
+    ("steps", "eta"), [(0, 0.0), (22, 0.0), (-1, 0.5), (5, -0.1), (5, 1.1), (5, math.nan)]
+)
 def test_impossible_steps_and_eta_are_refused(script, steps, eta):
     diffusion = script.Diffusion(schedule("cosine", 21)[0])
     with pytest.raises(ValueError, match=f"^{steps} steps, eta {eta}: .*T = 21 and 0 to 1"):
         next(diffusion.ddim_sample_loop(wave, torch.zeros(1, 2), steps, eta))
-
-
-def test_every_method_runs_where_cpu_tensors_are_refused(script):
-    with pretend_device() as device:
-        diffusion = script.Diffusion(schedule("cosine", 21)[0]).to(device)
-        assert diffusion.signal.device.type == diffusion.noise.device.type == device
-        assert not diffusion.state_dict() and not list(diffusion.parameters())
-        for shape in SHAPES:
-            x0 = torch.randn(4, *shape, device=device)
-            results = [diffusion.p_losses(lambda xt, t: diffusion.q_sample(xt, t, xt), x0)]
-            results += list(diffusion.ddim_sample_loop(wave, x0, 5, 1.0))
-            if script is ddpm_2d:
-                results += list(diffusion.p_sample_loop(wave, x0))
-                terms, error = diffusion.variational_bound(wave, x0)
-                assert terms.isfinite().all() and error.isfinite().all()
-            assert all(x.device.type == device and x.isfinite().all() for x in results)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -390,16 +303,14 @@ def test_every_method_runs_where_cpu_tensors_are_refused(script):
 def test_terms_of_the_bound_are_divergences_of_gaussians(name, shape):
     """Each against torch.distributions, at the x_t the model saw, with Bayes' rule in float64."""
     T, seen = 40, {}
-    beta, a = schedule(name, T)
+    beta, a = (x[: T + 1] for x in schedule(name, 2 * T))  # x_T keeps some signal
     x0 = randn(6, *shape, seed=13)
-    terms, error = ddpm_2d.Diffusion(beta).variational_bound(
+    terms, _ = ddpm_2d.Diffusion(beta).variational_bound(
         lambda xt, t: wave(seen.setdefault(t[0].item(), xt), t), x0
     )
     want = [0] * T + [kl_divergence(Normal(a[T].sqrt() * x0, (1 - a[T]).sqrt()), Normal(0.0, 1.0))]
     for t, xt in seen.items():
         eps = wave(xt, torch.tensor([t]))
-        square = ((xt - a[t].sqrt() * x0) / (1 - a[t]).sqrt() - eps) ** 2
-        assert error[t - 1].item() == pytest.approx(square.sum().item() / 6, rel=1e-4)
         mu = (xt - beta[t] / (1 - a[t]).sqrt() * eps) / (1 - beta[t]).sqrt()
         if t == 1:
             want[0] = -Normal(mu, beta[1].sqrt()).log_prob(x0)
@@ -416,18 +327,17 @@ def test_terms_of_the_bound_are_divergences_of_gaussians(name, shape):
     ("gain", "s", "gap"), [(0.0, 0.5, 3), (0.7, 0.5, 2), (1.0, 0.5, 1.4), (1.0, 0.001, 0.001)]
 )
 def test_errors_and_bound_of_a_linear_model_are_those_of_closed_form(gain, s, gap):
-    """Data N(0, s^2) and eps_theta = c_t x_t. The errors are known, and so is p_theta(x_0), as a
-    chain of affine Gaussian steps is Gaussian: the sum of the terms lies above -log p_theta, and
-    upon it if s -> 0, where beta-tilde is optimal."""
+    """Data N(0, s^2), eps_theta = c_t x_t: p_theta(x_0) is a chain of affine Gaussian steps. The
+    terms sum to more than -log p_theta, and to no more if s -> 0, where beta-tilde is optimal."""
     n = 20_000
     beta, a = schedule("linear", 100)
     c = gain * (1 - a).sqrt() / (a * s**2 + 1 - a)
     x0 = s * randn(n, 1, seed=3)
-    diffusion = ddpm_2d.Diffusion(beta)
-    terms, error = diffusion.variational_bound(lambda xt, t: c[t][:, None] * xt, x0)
+    terms, error = ddpm_2d.Diffusion(beta).variational_bound(lambda xt, t: c[t, None] * xt, x0)
     want = (1 - c * (1 - a).sqrt()) ** 2 + c**2 * a * s**2
     assert ((error - want[1:]).abs() < 6 * want[1:] * math.sqrt(2 / n)).all()
-    nll = -Normal(0.0, chain(beta, a, c, last=beta[1])[1] ** 0.5).log_prob(x0).mean()
+    sd = final_variance(beta, a, c, last=beta[1]) ** 0.5
+    nll = -Normal(0.0, sd).log_prob(x0).mean()
     assert 0 < terms.sum() - nll < gap
 
 
@@ -442,9 +352,8 @@ def test_weight_and_last_term_have_their_golden_values():
 def test_two_models_are_judged_on_the_same_noise():
     seen = []
     diffusion, x0 = ddpm_2d.Diffusion(schedule("cosine", 30)[0]), randn(5, 2)
-    for k, seed in enumerate(({}, {}, {"seed": 7})):
-        torch.manual_seed(k)
-        diffusion.variational_bound(lambda xt, t: seen.append(xt) or len(seen) * xt, x0, **seed)
+    for seed in (0, 0, 7):
+        diffusion.variational_bound(lambda xt, t: seen.append(xt) or len(seen) * xt, x0, seed)
     first, second, other = torch.stack(seen).view(3, 30, 5, 2)
     assert torch.equal(first, second) and not torch.isclose(first, other).any()
     noise = first - diffusion.signal[1:, None, None] * x0

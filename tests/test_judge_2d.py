@@ -1,8 +1,6 @@
 """benchmarks/judge_2d.py against closed forms, and tiny runs of ddpm_2d.py from end to end."""
 
 import math
-import shutil
-from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -16,39 +14,31 @@ from ddpm_2d import Diffusion, NoisePredictor, ToyData
 
 TINY = ["--steps", "20", "--T", "40", "--samples", "200", "--batch-size", "64"]
 SMALL = ["--grid", "12", "--points", "64"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    ddpm_2d.main([*TINY, "--out", str(folder)])
-    return folder
+PICTURES = {"process.png", "training.png", "score.png", "density.png"}
 
 
 @pytest.fixture
-def folder(trained, tmp_path):
-    """A run of its own, to be judged or damaged."""
-    return shutil.copytree(trained, tmp_path / "run")
+def folder(tmp_path):
+    ddpm_2d.main([*TINY, "--out", str(tmp_path)])
+    return tmp_path
 
 
-def gaussian_run(sigma, T=1000, schedule=ddpm_2d.cosine_schedule, model_sigma=None):
-    """A run on one Gaussian whose network is the best possible one of a Gaussian."""
+def gaussian_run(sigma, other, T, schedule):
+    """A run on a Gaussian of deviation sigma, whose network is the best possible one of another."""
     diffusion = Diffusion(schedule(T))
     data = ToyData(torch.tensor([[0.4, -0.2]]), sigma)
-    net = partial(data._replace(sigma=model_sigma or sigma).ideal_eps, diffusion)
+    net = partial(data._replace(sigma=other).ideal_eps, diffusion)
     return judge_2d.Run(diffusion, net, data, "one", [1.0], data.sample(2000))
 
 
 def test_sliced_wasserstein_of_a_shift_is_its_mean_projection():
     cloud = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
     shifted = cloud + torch.tensor([3.0, 4.0])
-    mean = 5 * 2 / math.pi  # E|cos| around the circle
-    order = torch.randperm(500, generator=torch.Generator().manual_seed(1))
-    assert judge_2d.sliced_wasserstein(cloud, shifted[order]) == pytest.approx(mean, rel=1e-3)
-    assert judge_2d.sliced_wasserstein(cloud, cloud[order]) < 1e-9
-    for bad in (math.nan, math.inf):
-        shifted[7, 0] = bad
-        assert math.isnan(judge_2d.sliced_wasserstein(cloud, shifted))
+    distance = judge_2d.sliced_wasserstein(cloud, shifted.flip(0))
+    assert distance == pytest.approx(5 * 2 / math.pi, rel=1e-3)  # E|cos| around the circle
+    assert judge_2d.sliced_wasserstein(cloud, cloud.flip(0)) < 1e-9
+    shifted[7, 0] = math.inf  # NaN is in another test
+    assert math.isnan(judge_2d.sliced_wasserstein(cloud, shifted))
 
 
 def test_swd_ratio_is_one_for_true_samples_in_the_units_of_the_file(folder):
@@ -56,8 +46,7 @@ def test_swd_ratio_is_one_for_true_samples_in_the_units_of_the_file(folder):
     saved |= {"mean": saved["mean"] + 100, "std": 7 * saved["std"]}
     torch.manual_seed(0)
     run = judge_2d.read_run(folder)
-    variance = run.data.centers.square().mean(0) + run.data.sigma**2
-    torch.testing.assert_close(variance, torch.ones(2))  # as it was trained
+    torch.testing.assert_close(run.data.centers.square().mean(0) + run.data.sigma**2, torch.ones(2))
     true = run.data.sample(2000)
     torch.save(saved, folder / "model.pt")
     for x, low, high in ((true, 0.3, 3), (1.5 * true, 5, 100), (true + 0.5, 5, 100)):
@@ -74,54 +63,32 @@ def test_divergence_is_the_trace_of_the_jacobian_of_a_network():
     function = partial(judge_2d.velocity, net.diffusion, net, 7)
     with torch.no_grad():  # as log_density calls it
         values, divergence = judge_2d.with_divergence(function, x)
-    for point, value, trace in zip(x, values, divergence):
-        jacobian = torch.autograd.functional.jacobian(lambda y: function(y[None])[0], point)
-        torch.testing.assert_close(trace, jacobian.trace())
-        torch.testing.assert_close(value, function(point[None])[0])
-    # it must not be divided by the signal at t = T, where hardly any is left
-    assert judge_2d.velocity(net.diffusion, net, 40, x).abs().max() < 10
+    jacobian = torch.autograd.functional.jacobian(function, x)  # [9, 2, 9, 2]
+    torch.testing.assert_close(divergence, torch.einsum("nini->n", jacobian))
+    torch.testing.assert_close(values, function(x))
+    assert judge_2d.velocity(net.diffusion, net, 40, x).abs().max() < 10  # though signal is low
 
 
 @pytest.mark.parametrize("schedule", [ddpm_2d.cosine_schedule, ddpm_2d.linear_schedule])
-def test_flow_of_the_exact_score_has_the_density_of_a_gaussian(schedule):
-    for sigma in (0.1, 1.5):
-        run = gaussian_run(sigma, schedule=schedule)
-        x1 = judge_2d.density_at(run, 1).sample(100)
-        width = math.hypot(run.diffusion.signal[1] * sigma, run.diffusion.noise[1])
-        exact = torch.distributions.Normal(run.diffusion.signal[1] * run.data.centers[0], width)
-        want = exact.log_prob(x1).sum(1)
-        got = judge_2d.log_density(run.diffusion, run.net, x1)
-        torch.testing.assert_close(got, want, rtol=0, atol=0.02)
-        torch.testing.assert_close(judge_2d.density_at(run, 1).log_prob(x1), want)
-
-
-@pytest.mark.parametrize("sigma, other, T", [(0.5, 0.5, 1000), (0.5, 0.7, 1000), (0.1, 0.15, 40)])
-def test_kl_and_excess_loss_of_the_best_and_of_a_wrong_model(sigma, other, T):
+@pytest.mark.parametrize("sigma, other, T", [(0.1, 0.1, 1000), (1.5, 1.2, 1000), (0.1, 0.15, 40)])
+def test_kl_and_excess_loss_of_the_best_and_of_a_wrong_model(sigma, other, T, schedule, tmp_path):
     torch.manual_seed(0)
-    run = gaussian_run(sigma, T=T, model_sigma=other)
+    run = gaussian_run(sigma, other, T, schedule)
     beta = run.diffusion.beta[1]
     ratio = ((1 - beta) * sigma**2 + beta) / ((1 - beta) * other**2 + beta)  # of variances of x_1
     want = ratio - 1 - math.log(ratio)  # of two round Gaussians in the plane
     kl, error = judge_2d.kl_nats(run, run.net, 3000)
     assert kl == pytest.approx(want, abs=4 * error + 0.01) and error < max(0.002, want / 10)
-
-    t = T // 3
-    signal2 = run.diffusion.alpha_bar[t]
+    numbers = judge_2d.draw_density(tmp_path / "x.png", run, 40, kl, error)
+    assert numbers["model_mass"] == pytest.approx(1, abs=0.03)
+    assert numbers["grid_kl_nats"] == pytest.approx(kl, abs=4 * error + 0.01)
+    signal2 = run.diffusion.alpha_bar[T // 3]
     noise2 = 1 - signal2
     var = signal2 * sigma**2 + noise2
-    best, excess = judge_2d.errors_at(run, t)
+    best, excess = judge_2d.errors_at(run, T // 3)
     assert best == pytest.approx(1 - noise2 / var, rel=0.1)
     gap = noise2**0.5 / (signal2 * other**2 + noise2) - noise2**0.5 / var
     assert excess == pytest.approx(gap**2 * var, rel=0.1)
-
-
-def test_density_on_the_grid_agrees_with_samples_of_it(tmp_path):
-    torch.manual_seed(0)
-    run = gaussian_run(0.3, T=100, model_sigma=0.4)
-    kl, error = judge_2d.kl_nats(run, run.net, 2000)
-    numbers = judge_2d.draw_density(tmp_path / "x.png", run, 40, kl, error)
-    assert numbers["model_mass"] == pytest.approx(1, abs=0.01)
-    assert numbers["grid_kl_nats"] == pytest.approx(kl, abs=4 * error)
 
 
 def test_a_tiny_run_has_all_pictures_and_a_sentence_for_every_number(folder, capsys):
@@ -131,10 +98,7 @@ def test_a_tiny_run_has_all_pictures_and_a_sentence_for_every_number(folder, cap
         assert f"{name}: {numbers[name]:.4g}" in text
     assert numbers["swd_ratio"] > 1 and numbers["kl_nats"] > 0.1  # hardly trained
     assert abs(numbers["solver_kl_nats"]) < numbers["kl_nats"] / 3
-    sizes = {"training": (1800, 540), "score": (1500, 1440), "density": (1800, 555)}
-    for name, size in sizes.items():
-        with Image.open(folder / f"{name}.png") as picture:
-            assert picture.size == size
+    assert {path.name for path in folder.glob("*.png")} == PICTURES
     with Image.open(folder / "sampling.gif") as film:
         assert 20 <= film.n_frames <= 41  # T = 40
         film.seek(film.n_frames - 1)
@@ -142,9 +106,7 @@ def test_a_tiny_run_has_all_pictures_and_a_sentence_for_every_number(folder, cap
 
 
 def test_what_is_not_finite_is_null_and_still_drawn(folder):
-    samples = np.load(folder / "samples.npy")
-    samples[3, 1] = math.nan
-    np.save(folder / "samples.npy", samples)
+    np.save(folder / "samples.npy", np.full((200, 2), math.nan))
     saved = torch.load(folder / "model.pt", weights_only=True)
     saved["net"]["out.bias"][:] = math.nan
     torch.save(saved, folder / "model.pt")
@@ -152,7 +114,7 @@ def test_what_is_not_finite_is_null_and_still_drawn(folder):
     for name in ("swd_ratio", "ddim_swd_ratio", "excess_loss", "kl_nats", "model_mass"):
         assert numbers[name] is None
     assert abs(numbers["solver_kl_nats"]) < 0.2
-    assert len(list(folder.glob("*.png"))) == 4  # with process.png
+    assert {path.name for path in folder.glob("*.png")} == PICTURES
 
 
 @pytest.mark.parametrize("count", [1, 50])
@@ -174,16 +136,8 @@ def test_folders_that_are_no_run_are_refused(folder, refuses):
     for samples in (np.zeros((5, 3)), np.zeros((5, 1)), np.zeros(2), np.array(["a"])):
         np.save(folder / "samples.npy", samples)
         refuses(judge_2d.main, [folder], "samples.npy")
-    (folder / "samples.npy").write_text("1, 2")
-    refuses(judge_2d.main, [folder], "samples.npy")
     saved = torch.load(folder / "model.pt", weights_only=True)
-    for other in (
-        {"config": 1},
-        [1],
-        Fraction(1),
-        saved | {"net": {}},
-        saved | {"schedule": "sigmoid"},
-    ):
+    for other in ({"config": 1}, [1], saved | {"net": {}}, saved | {"schedule": "sigmoid"}):
         torch.save(other, folder / "model.pt")
         refuses(judge_2d.main, [folder], "model.pt")
     for content in (b"", b"PK\x03\x04damaged", b"text"):

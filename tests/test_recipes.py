@@ -1,4 +1,5 @@
-"""Every snippet of docs/recipes.md, run as it stands but for smaller budgets, and its result."""
+"""Every snippet of docs/recipes.md and README, run as it stands but for smaller budgets, and its
+result."""
 
 import gzip
 import re
@@ -17,7 +18,8 @@ import ddpm_2d  # noqa: E402
 import ddpm_mnist  # noqa: E402
 
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
-SECTIONS = {text.partition("\n")[0]: text for text in PAGE.split("\n## ")[1:]}
+README = (ROOT / "README.md").read_text()
+SECTIONS = {text.partition("\n")[0]: text for text in (README + PAGE).split("\n## ")[1:]}
 
 
 @pytest.fixture
@@ -42,7 +44,8 @@ def recipe(tmp_path, monkeypatch):
 
 def test_each_recipe_is_at_most_20_lines_and_has_a_test():
     tests = Path(__file__).read_text() + '"Several GPUs and machines"'  # in tests/slow
-    for title, text in SECTIONS.items():
+    for title in re.findall(r"\n## (.*)", PAGE):
+        text = SECTIONS[title]
         blocks = re.findall(r"```\w+\n(.*?)```", text, re.S)
         assert blocks, title
         for block in blocks:
@@ -193,7 +196,17 @@ def test_recipe_idx_files(recipe, tmp_path):
     assert y.tolist() == [1, 0, 1] and config["labels"] == [0, 9]
 
 
-def test_recipe_notebook_cell(recipe, monkeypatch):
+def test_recipe_of_the_readme_trains_on_points(recipe):
+    matplotlib.use("Agg")
+    smaller = [("steps=1000", "steps=300"), ("batch_size=512", "batch_size=128")]
+    names = recipe("Use it in your own code", smaller=smaller)
+    off = names["data"].log_prob(names["x0"]) < -6  # true points: one in a thousand
+    assert names["x0"].shape == (2000, 2) and off.double().mean() < 0.2
+    assert len(names["pyplot"].gca().collections[0].get_offsets()) == 2000
+    names["pyplot"].close("all")
+
+
+def test_recipe_notebook_cell(recipe):
     matplotlib.use("Agg")
     smaller = [('"1000"', '"20", "--T", "30", "--samples", "50", "--batch-size", "32"')]
     names = recipe("A notebook cell", smaller=smaller)
