@@ -98,7 +98,7 @@ class Diffusion(nn.Module):
         beta = torch.tensor(self.beta, dtype=torch.float64)
         alpha_bar = torch.tensor(self.alpha_bar, dtype=torch.float64)
         weight = beta[2:] / (2 * (1 - beta[2:]) * (1 - alpha_bar[1:-1]))  # Eq. (12) with Eq. (7)
-        terms = torch.zeros_like(error)
+        terms = torch.zeros_like(error)  # L_0 = -log N(x_0; mu_theta, beta_1), not Eq. (13)
         terms[0] = (error[1] / (1 - beta[1]) + d * (2 * torch.pi * beta[1]).log()) / 2
         terms[1:-1] = weight * error[2:]  # L_{t-1} from error[t], t = 2..T
         end = alpha_bar[-1]  # L_T is the divergence of N(sqrt(end) x_0, 1 - end) from N(0, 1)
@@ -107,7 +107,7 @@ class Diffusion(nn.Module):
 
 
 class NoisePredictor(nn.Module):
-    """eps_theta(x_t, t): a residual MLP of x_t and waves, random ones of x_t, fixed ones of t."""
+    """eps_theta(x_t, t): residual MLP; random Fourier features of x_t, sinusoids of 1000 t / T."""
 
     def __init__(self, diffusion, width=128, layers=3):
         super().__init__()
@@ -125,8 +125,8 @@ class NoisePredictor(nn.Module):
         for layer in self.layers:
             h = h + layer(F.silu(h))
         v = self.out(F.silu(h))  # [B, 2]
-        # v = signal eps - noise x_0 (Salimans & Ho 2022); as signal^2 + noise^2 = 1, eps is
-        return self.diffusion.q_sample(v, t, eps=xt)  # signal v + noise x_t
+        # v = signal eps - noise x_0 (Salimans & Ho 2022) and signal^2 + noise^2 = 1, so that
+        return self.diffusion.q_sample(v, t, eps=xt)  # eps = signal v + noise x_t
 
 
 class ToyData(NamedTuple):
@@ -175,14 +175,14 @@ def read_points(path):
     else:
         text = Path(path).read_text("utf-8-sig").replace('"', "")
         lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-        rows = [line for line in lines if line] or ["no points"]  # a header without points
+        rows = [line for line in lines if line] or ["no points"]  # empty file: a header alone
         mark = next((mark for mark in ";\t," if mark in rows[0]), None)  # None: blanks
         for number, row in enumerate(rows, 1):
             if len(row.split(mark)) != 2:
                 raise ValueError(f"row {number} is {row!r}, not two columns: to_csv(index=False)?")
         table = np.genfromtxt(rows, delimiter=mark, ndmin=2)  # words become NaN
-        words = {cell.lower().strip("+-.e0123456789 ") for cell in rows[0].split(mark)}
-        points = table if words <= {"", "nan", "inf"} else table[1:]  # without the header
+        letters = {cell.lower().strip("+-.e0123456789 ") for cell in rows[0].split(mark)}
+        points = table if letters <= {"", "nan", "inf"} else table[1:]  # row 1 is a header
     if points.dtype.kind not in "iuf" or points.shape[1:] != (2,) or len(points) == 0:
         raise ValueError(f"{points.dtype} {list(points.shape)}, but should be numbers [n, 2]")
     bad = np.flatnonzero(~np.isfinite(points).all(1))
@@ -219,7 +219,7 @@ def evaluate(diffusion, net, data, samples):
         metrics |= {"ideal_loss": error.mean() / 2, "ideal_bound_nats": terms.sum()}
         metrics["excess_loss"] = metrics["loss"] / metrics["ideal_loss"] - 1
         metrics["entropy_nats"] = -data.log_prob(x0).mean()
-        rare = data.log_prob(data.sample(10_000)).quantile(0.001)  # so 0.001 is perfect below
+        rare = data.log_prob(data.sample(10_000)).quantile(0.001)  # so true points score 0.001
         metrics["off_support"] = 1 - (data.log_prob(samples) >= rare).float().mean()  # NaN is off
     return {key: x.item() if x.isfinite() else None for key, x in metrics.items()}
 
@@ -228,10 +228,10 @@ def draw(file, diffusion, data, states, fast):
     """The forward process q above the reverse process, by DDPM and by DDIM."""
     x0 = data.sample(4000)
     figure = Figure(figsize=(13, 7), layout="constrained")
-    for column, k in zip(figure.subplots(3, 6).T, (0, 2, 5, 10, 25, 50)):  # of 50
-        t = diffusion.T * k // 50
+    for column, k in zip(figure.subplots(3, 6).T, (0, 0.04, 0.1, 0.2, 0.5, 1)):
+        t = round(diffusion.T * k)
         xt = diffusion.q_sample(x0, torch.full((4000,), t, device=x0.device), torch.randn_like(x0))
-        clouds = {"q": xt, "DDPM": states[-1 - t], "DDIM": fast[-1 - (len(fast) - 1) * k // 50]}
+        clouds = {"q": xt, "DDPM": states[-1 - t], "DDIM": fast[-1 - round((len(fast) - 1) * k)]}
         for ax, (name, points) in zip(column, clouds.items()):
             ax.scatter(*points.T.cpu().numpy(), s=3, lw=0)
             ax.set(title=f"{name}, t = {t}", xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), aspect="equal")

@@ -27,7 +27,7 @@ SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
 RANK = int(os.environ.get("RANK", 0))  # number of this process, set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # number of processes
 UNREADABLE = (OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, RuntimeError)
-UNREADABLE += (AssertionError, BadZipFile, UnpicklingError, zlib.error)
+UNREADABLE += (AssertionError, BadZipFile, UnpicklingError, zlib.error)  # of np.load, torch.load
 
 
 def cosine_schedule(T):
@@ -83,7 +83,7 @@ def denoiser(net, diffusion, y, guidance=1.0):
 
     def model(xt, t):
         eps = net(xt, t, y)
-        eps = eps if guidance == 1 else torch.lerp(net(xt, t), eps, guidance)  # from no label on
+        eps = eps if guidance == 1 else torch.lerp(net(xt, t), eps, guidance)  # above 1 it extrapolates
         signal = diffusion.signal[t].view(-1, 1, 1, 1)
         noise = diffusion.noise[t].view(-1, 1, 1, 1)
         x0 = ((xt - noise * eps) / signal).clamp(-1, 1)  # DDPM Eq. (15)
@@ -103,7 +103,7 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(8, outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # so that the block starts as skip(x)
+        nn.init.zeros_(self.conv2.weight)  # so that the block starts near skip(x)
 
     def forward(self, x, emb):
         scale, shift = self.embed(emb)[..., None, None].chunk(2, dim=1)  # [B, outputs, 1, 1]
@@ -147,8 +147,8 @@ class UNet(nn.Module):
         h = self.up2(h + h3, emb)  # [B, 64, H/4, W/4]; skips are added
         h = self.up1(F.interpolate(h, scale_factor=2) + h2, emb)  # [B, 32, H/2, W/2]
         v = self.head(self.up0(F.interpolate(h, scale_factor=2) + h1, emb))  # [B, channels, H, W]
-        # v = signal eps - noise x_0 (Salimans & Ho 2022); as signal^2 + noise^2 = 1, eps is
-        return self.diffusion.q_sample(v, t, eps=xt)  # signal v + noise x_t
+        # v = signal eps - noise x_0 (Salimans & Ho 2022) and signal^2 + noise^2 = 1, so that
+        return self.diffusion.q_sample(v, t, eps=xt)  # eps = signal v + noise x_t
 
 
 def load_images(path):
@@ -176,11 +176,12 @@ def load_images(path):
 def train(args, net, x, y, saved):
     """Algorithm 1, but p(t) = (2 t - 1) / T^2, as noisy steps decide the shape of a digit, and the
     error is that of v. One label in ten is hidden, for guidance. Returns net's moving average."""
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+    decay = min(0.995, args.steps / (args.steps + 20))  # shorter runs need a shorter memory
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99))
     parts = {"net": net, "ema": average.module, "optimizer": optimizer}
     losses = saved["losses"]  # the same list: what is appended here is saved below
-    average.n_averaged += len(losses)  # at 0 the first update would copy net
+    average.n_averaged += len(losses)  # not saved; at 0 the next update copies net
     for name, part in parts.items() if args.resume else ():
         part.load_state_dict(saved[name])
     learner = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
@@ -190,10 +191,10 @@ def train(args, net, x, y, saved):
         pick = torch.randint(len(x), (args.batch_size,))
         x0 = x[pick].to(args.device) / 127.5 - 1  # [B, C, H, W]
         label = y[pick].masked_fill(torch.rand(len(pick)) < 0.1, net.classes).to(args.device)
-        u = (torch.arange(1, args.batch_size + 1) - torch.rand(1)) / args.batch_size  # 1 / B apart
+        u = (torch.arange(1, args.batch_size + 1) - torch.rand(1)) / args.batch_size  # stratified
         t = (net.diffusion.T * u.sqrt()).ceil().long().to(args.device)  # P(t <= k) = (k / T)^2
         error = net.diffusion.p_losses(lambda xt, t: learner(xt, t, label), x0, t)
-        loss = (error / net.diffusion.signal[t] ** 2).mean()  # since eps - eps' = signal (v - v')
+        loss = (error / net.diffusion.signal[t] ** 2).mean()  # of v: eps - eps' = signal (v - v')
 
         warmup = min(1, 20 * (step + 1) / args.steps)
         optimizer.param_groups[0]["lr"] = args.lr * warmup * (1 - step / args.steps)
@@ -251,19 +252,18 @@ def main(argv=None):
     for name, (least, most) in limits.items():
         if not least <= getattr(args, name) <= most:
             parser.error(f"--{name.replace('_', '-')} must be {least:g} to {most:g}")
-
     if WORLD > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group()
     checkpoint = args.out / "model.pt"
-    file = args.load or (checkpoint if args.resume else args.data)  # args.data: a new training
+    file = args.load or (checkpoint if args.resume else args.data)  # data: a new training
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         saved = {"losses": []} if file == args.data else torch.load(file, "cpu", weights_only=True)
         if not args.load:
             x, y, config = load_images(args.data)
-            if saved.setdefault("config", config) != config:  # a new training stores it
+            if saved.setdefault("config", config) != config:  # stores it if new
                 raise ValueError(f"{file} has {saved['config']}, but {args.data} {config}")
         shape, labels = saved["config"].values()
         if args.label not in (None, *labels):

@@ -13,8 +13,8 @@ gives the true step back. K compares p with it, and the KL divergence of two Gau
     K = - sum_{t=2..T} E KL[ q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ]
         + H_q(X_T | X_0) - H_q(X_1 | X_0) - H_p(X_T)                                    Eq. (14)
 
-Learned are the network and beta_2, ..., beta_T. Fixed are beta_1 and the last step, p(x_0 | x_1),
-which is a forward step (App. B.1). So K has a ceiling, -h(q(x_1)), whatever the network may be.
+Learned are the network and beta_2, ..., beta_T. Beta_1 and p(x_0 | x_1), a forward step, are fixed
+(App. B.1). So K is a bound on the mean of log p(x_1), at most -h(q(x_1)), where h is the entropy.
 The paper's number is K - L_null in bits, where L_null is the K of a p that knows only N(0, I).
 """
 
@@ -32,11 +32,11 @@ from tqdm import tqdm
 
 L_NULL = -math.log2(2 * math.pi * math.e)  # minus the entropy of N(0, I) in the plane
 PAPER = 6.45  # K - L_null of the swiss roll in Table 1
-Schedule = namedtuple("Schedule", ["beta", "alpha_bar", "var"])  # of t: [T + 1, 1, 1]
+Schedule = namedtuple("Schedule", ["beta", "alpha_bar", "var"])  # at t = 0..T: [T + 1, 1, 1]
 
 
 def roll_curve(u, noise=0.0):
-    """scikit-learn's swiss roll at u in [0, 1]: [..., 2]. With the noise, E[x_0^2] = 1 per axis."""
+    """scikit-learn's roll at u in [0, 1]: [..., 2]. Shrunk, so that with the noise E[x_0^2] = 1."""
     angle = 1.5 * math.pi * (1 + 2 * u)
     spiral = torch.stack([angle * angle.cos(), angle * angle.sin()], -1)
     mean = torch.tensor([2, 2 / (3 * math.pi)])  # over u, exactly
@@ -45,13 +45,13 @@ def roll_curve(u, noise=0.0):
 
 
 def make_swiss_roll(n, noise=0.0):
-    """n random points [n, 2], one from each n-th of the curve."""
+    """n random points [n, 2], one from each n-th of 0 <= u <= 1."""
     u = (torch.arange(n) + torch.rand(n)) / n
     return roll_curve(u, noise) + noise * torch.randn(n, 2)
 
 
 def ceiling_bits(noise, beta1):
-    """-h(q(x_1)): minus the entropies of x_1 along the curve and across it."""
+    """-h(q(x_1)) of a thin roll: minus the entropies of x_1 along the curve and across it."""
     curve = math.sqrt(1 - beta1) * roll_curve(torch.linspace(0, 1, 2001), noise)
     speed = curve.diff(dim=0).norm(dim=1) * 2000  # length of curve per u
     across = (1 - beta1) * noise**2 + beta1  # variance
@@ -83,7 +83,7 @@ class DiffusionModel(nn.Module):
         beta = 1 - alpha_bar[1:] / alpha_bar[:-1]  # beta_2, ..., beta_T
         self.logit_beta = nn.Parameter(beta.logit().float(), learn_schedule)
         units = net(torch.zeros(1, 2)).shape[-1]
-        self.readout = nn.Parameter(torch.zeros(T - 1, units, 5 if full else 4))  # t = 2..T
+        self.readout = nn.Parameter(torch.zeros(T - 1, units, 5 if full else 4))  # one each t
 
     def schedule(self):
         """beta, alpha_bar and var = 1 - alpha_bar at 0..T; float64 first, or var_1 is inexact."""
@@ -105,10 +105,10 @@ class DiffusionModel(nn.Module):
 
     def reverse(self, xt, t, s):
         """Mean, variances and slope of p(x_{t-1} | x_t), for t >= 2. With a readout of zeros, as
-        before training, it is a forward step, N(sqrt(1 - beta_t) x_t, beta_t I), and K = L_null."""
-        out = self.net(xt) @ self.readout[t - 2]  # [S, B, 4 or 5]
+        before training, it is the forward step, which keeps N(0, I): so K = L_null."""
+        out = self.net(xt) @ self.readout[t - 2]  # [S, B, 4 or 5]: x_0, var, slope
         scale = s.var[t].sqrt() if self.full else 1  # trains better
-        x0 = s.alpha_bar[t].sqrt() * xt + scale * out[..., :2]
+        x0 = s.alpha_bar[t].sqrt() * xt + scale * out[..., :2]  # best linear guess + net
         mean, _ = self.q_posterior(x0, xt, t, s)
         var = torch.sigmoid(out[..., 2:4] + s.beta[t].logit())  # [S, B, 2], Eq. (64)
         slope = out[..., 4] if self.full else 0  # [S, B]; more than the paper
@@ -116,14 +116,14 @@ class DiffusionModel(nn.Module):
 
     def bound(self, x0, eps=None):
         """K of Eq. (14) [B] and its KL terms [T - 1, B] in bits, for points x0 [B, 2]. The noise
-        eps does not depend on beta ("frozen noise", Sec. 2.4.1): K has a gradient in beta, too."""
+        eps does not depend on beta ("frozen noise", Sec. 2.4.1), so K has a gradient in beta."""
         s = self.schedule()
         t = torch.arange(2, self.T + 1, device=x0.device)
         eps = torch.randn(self.T - 1, *x0.shape, device=x0.device) if eps is None else eps
         xt = self.q_sample(x0, t, eps, s)  # [T - 1, B, 2]
         mean_q, var_q = self.q_posterior(x0, xt, t, s)
         mean_p, var_p, slope = self.reverse(xt, t, s)
-        if self.full:  # undo the shear: then p is diagonal, and q has more variance in x_2
+        if self.full:  # unshear both (same KL): p is diagonal, x_2 of q has var_q (1 + slope^2)
             kl = kl_normal(shear(mean_q - mean_p, -slope), var_q, 0, var_p).sum(-1)
             kl = kl + slope**2 * var_q[..., 0] / var_p[..., 1] / (2 * math.log(2))
         else:
@@ -174,8 +174,8 @@ class MLP(nn.Module):
 
 
 def train(model, args):
-    """Gradient ascent on K; the learning rate rises, then falls. Returns all K - L_null."""
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99), maximize=True)
+    """Gradient ascent on K; OneCycleLR moves the rate and Adam's 0.95. Returns all K - L_null."""
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.95, 0.99), maximize=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.15)
     history = []
     with tqdm(range(1, args.steps + 1), "train") as bar:
@@ -201,7 +201,7 @@ def evaluate(model, args, samples):
     ceiling = ceiling_bits(args.noise, args.beta1)
     curve = roll_curve(torch.linspace(0, 1, 5000), args.noise)
     distance = torch.cat([torch.cdist(part, curve).amin(1) for part in samples.split(1000)])
-    off = (~(distance <= 0.1)).double().mean().item()  # so NaN is off the curve as well
+    off = (~(distance <= 0.1 + 3 * args.noise)).double().mean().item()  # so NaN is off, too
     metrics = dict(K_bits=K, K_error_bits=error, K_minus_null_bits=K - L_NULL, off_curve=off)
     return metrics | dict(ceiling_minus_null_bits=ceiling - L_NULL, gap_bits=ceiling - K)
 
@@ -247,7 +247,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    add("--net", default="rbf", choices=["rbf", "mlp"], help="the paper's, or a stronger one")
+    add("--net", default="rbf", choices=["rbf", "mlp"], help="the paper's, or an MLP")
     add("--noise", type=float, default=0.0, help="noise of the roll itself, 0 to 0.1")
     add("--beta1", type=float, default=1e-5, help="variance of the first step, 1e-7 to 0.01")
     add("--fixed-schedule", action="store_true", help="do not learn beta_2, ..., beta_T")
