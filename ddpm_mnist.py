@@ -83,7 +83,7 @@ def denoiser(net, diffusion, y, guidance=1.0):
 
     def model(xt, t):
         eps = net(xt, t, y)
-        eps = eps if guidance == 1 else torch.lerp(net(xt, t), eps, guidance)  # above 1 it extrapolates
+        eps = eps if guidance == 1 else torch.lerp(net(xt, t), eps, guidance)  # > 1 extrapolates
         signal = diffusion.signal[t].view(-1, 1, 1, 1)
         noise = diffusion.noise[t].view(-1, 1, 1, 1)
         x0 = ((xt - noise * eps) / signal).clamp(-1, 1)  # DDPM Eq. (15)
