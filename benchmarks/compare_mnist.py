@@ -66,7 +66,7 @@ def ours(draw, seconds):
     steps, and its sampling."""
     diffusion = Diffusion(cosine_schedule(1000))
     net = UNet(diffusion)
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.97))  # that of 650 steps
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99))
     for steps, used in enumerate(clock(seconds), 1):
         x0, y = draw(64)

@@ -154,8 +154,8 @@ def test_nothing_names_the_machine_it_was_made_on():
         assert not re.search(r"/(work|root|home|tmp)/", path.read_text()), path
 
 
-def test_derivations_name_only_functions_and_tests_that_exist():
-    text = (ROOT / "docs" / "derivations.md").read_text()
+def test_pages_name_only_functions_and_tests_that_exist():
+    text = "".join(page.read_text() for page in PAGES)
     files = {"2d": "ddpm_2d.py", "roll": "ddpm_swissroll_2015.py", "mnist": "ddpm_mnist.py"}
     for short, name in re.findall(r"`(2d|roll|mnist): ([\w.]+)`", text):
         assert name in definitions(ROOT / files[short]), f"{short}: {name}"
