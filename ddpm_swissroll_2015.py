@@ -14,7 +14,7 @@ gives the true step back. K compares p with it, and the KL divergence of two Gau
         + H_q(X_T | X_0) - H_q(X_1 | X_0) - H_p(X_T)                                    Eq. (14)
 
 Learned are the network and beta_2, ..., beta_T. Beta_1 and p(x_0 | x_1), a forward step, are fixed
-(App. B.1). So K is a bound on the mean of log p(x_1), at most -h(q(x_1)), where h is the entropy.
+(App. B.1). That adds 0 to K, so K bounds the mean of log p(x_1) <= -h(q(x_1)), h the entropy.
 The paper's number is K - L_null in bits, where L_null is the K of a p that knows only N(0, I).
 """
 
@@ -65,7 +65,7 @@ def kl_normal(mean1, var1, mean2, var2):
 
 
 def shear(x, slope):
-    """(x_1, x_2 + slope x_1): correlates two independent coordinates; -slope takes it back."""
+    """(a, b) to (a, b + slope a): correlates independent coordinates; -slope takes it back."""
     return torch.stack([x[..., 0], x[..., 1] + slope * x[..., 0]], -1)
 
 
@@ -79,7 +79,7 @@ class DiffusionModel(nn.Module):
         self.T = T
         self.beta1 = beta1
         log_snr = torch.linspace(math.log(1 / beta1 - 1), -1, T, dtype=torch.float64)
-        alpha_bar = torch.sigmoid(log_snr)  # at first: log(alpha_bar / var) falls in equal steps
+        alpha_bar = torch.sigmoid(log_snr)  # at first; alpha_bar_T is 0.27, then learned
         beta = 1 - alpha_bar[1:] / alpha_bar[:-1]  # beta_2, ..., beta_T
         self.logit_beta = nn.Parameter(beta.logit().float(), learn_schedule)
         units = net(torch.zeros(1, 2)).shape[-1]
@@ -105,9 +105,9 @@ class DiffusionModel(nn.Module):
 
     def reverse(self, xt, t, s):
         """Mean, variances and slope of p(x_{t-1} | x_t), for t >= 2. With a readout of zeros, as
-        before training, it is the forward step, which keeps N(0, I): so K = L_null."""
+        before training, p = N(sqrt(1 - beta_t) x_t, beta_t I), which keeps N(0, I): K = L_null."""
         out = self.net(xt) @ self.readout[t - 2]  # [S, B, 4 or 5]: x_0, var, slope
-        scale = s.var[t].sqrt() if self.full else 1  # trains better
+        scale = s.var[t].sqrt() if self.full else 1  # out is then -v: trains better
         x0 = s.alpha_bar[t].sqrt() * xt + scale * out[..., :2]  # best linear guess + net
         mean, _ = self.q_posterior(x0, xt, t, s)
         var = torch.sigmoid(out[..., 2:4] + s.beta[t].logit())  # [S, B, 2], Eq. (64)
@@ -123,7 +123,7 @@ class DiffusionModel(nn.Module):
         xt = self.q_sample(x0, t, eps, s)  # [T - 1, B, 2]
         mean_q, var_q = self.q_posterior(x0, xt, t, s)
         mean_p, var_p, slope = self.reverse(xt, t, s)
-        if self.full:  # unshear both (same KL): p is diagonal, x_2 of q has var_q (1 + slope^2)
+        if self.full:  # unshear (same KL and dets): p is diagonal, b of q has var_q (1 + slope^2)
             kl = kl_normal(shear(mean_q - mean_p, -slope), var_q, 0, var_p).sum(-1)
             kl = kl + slope**2 * var_q[..., 0] / var_p[..., 1] / (2 * math.log(2))
         else:
@@ -174,7 +174,7 @@ class MLP(nn.Module):
 
 
 def train(model, args):
-    """Gradient ascent on K; OneCycleLR moves the rate and Adam's 0.95. Returns all K - L_null."""
+    """Raises K; OneCycleLR moves lr and Adam's 0.95 (to 0.85 and back). Returns all K - L_null."""
     optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.95, 0.99), maximize=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.15)
     history = []
