@@ -564,7 +564,7 @@ def test_wrong_flags_are_refused_before_training(data, copy, refuses):
         "--seed must be 0 to": ["--seed -1"],
         "--label 77: there are [3, 7]": ["--label 77"],
         "gpu": ["--device gpu"],
-        "CUDA": ["--device cuda:99"],
+        "on cuda:99 in": ["--device cuda:99"],
         "unrecognized arguments: --nonsense": ["--nonsense"],
         "--resume: not allowed with argument --load": ["--load model.pt --resume"],
     }
