@@ -83,7 +83,7 @@ class DiffusionModel(nn.Module):
         beta = 1 - alpha_bar[1:] / alpha_bar[:-1]  # beta_2, ..., beta_T
         self.logit_beta = nn.Parameter(beta.logit().float(), learn_schedule)
         units = net(torch.zeros(1, 2)).shape[-1]
-        self.readout = nn.Parameter(torch.zeros(T - 1, units, 5 if full else 4))  # one each t
+        self.readout = nn.Parameter(torch.zeros(T - 1, units, 5 if full else 4))  # one for each t
 
     def schedule(self):
         """beta, alpha_bar and var = 1 - alpha_bar at 0..T; float64 first, or var_1 is inexact."""

@@ -26,8 +26,7 @@ NAMES = ["schedule", "T", "skip", "sigma"]
 
 
 def sigmoid_schedule(T):
-    """beta of Jabri et al. 2022 (arXiv 2212.11972), start -3, end 3, tau 1: float64 [T + 1]. An
-    example of a schedule of your own: any beta [T + 1] with beta[0] = 0 will do."""
+    """beta of Jabri et al. 2022 (arXiv 2212.11972), start -3, end 3, tau 1: float64 [T + 1]."""
     u = torch.linspace(0, 1, T + 1, dtype=torch.float64)  # t / T
     signal = torch.sigmoid(3 - 6 * u)
     alpha_bar = (signal - signal[-1]) / (signal[0] - signal[-1])

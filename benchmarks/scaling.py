@@ -95,7 +95,7 @@ def draw(results, path):
     for ax, name in ((middle, "T"), (right, "samples")):
         x, seconds, memory = zip(*results[name])
         ax.plot(x, seconds, "o-", label="seconds")
-        ax.plot(x, [megabytes / 100 for megabytes in memory], "s--", label="100 MB")
+        ax.plot(x, [megabytes / 100 for megabytes in memory], "s--", label="peak memory, in 100 MB")
         ax.set(title=f"a run of the 2-D script over {name}", xlabel=name, xscale="log")
     for ax in (left, middle, right):
         ax.set_ylim(bottom=0)

@@ -3,7 +3,6 @@ result."""
 
 import gzip
 import re
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -12,11 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import ddpm_2d  # noqa: E402
-import ddpm_mnist  # noqa: E402
+import ddpm_2d
+import ddpm_mnist
 
+ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
 README = (ROOT / "README.md").read_text()
 SECTIONS = {text.partition("\n")[0]: text for text in (README + PAGE).split("\n## ")[1:]}
@@ -24,8 +22,8 @@ SECTIONS = {text.partition("\n")[0]: text for text in (README + PAGE).split("\n#
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """recipe(title, names, **replaced): run a recipe in an empty folder with the committed data and
-    weights; replaced are budgets (each must be in the text). Returns the names it leaves."""
+    """recipe(title, names, smaller): run a recipe in an empty folder with the committed data and
+    weights; smaller are (old, new) budgets. Returns the names that it leaves."""
     monkeypatch.chdir(tmp_path)
     for folder in ("data", "weights"):
         (tmp_path / folder).symlink_to(ROOT / folder)
@@ -33,6 +31,7 @@ def recipe(tmp_path, monkeypatch):
 
     def run(title, names=None, smaller=()):
         names = {} if names is None else names
+        assert all(old in SECTIONS[title] for old, _ in smaller), title
         for code in re.findall(r"```python\n(.*?)```", SECTIONS[title], re.S):
             for old, new in smaller:
                 code = code.replace(old, new)
@@ -129,14 +128,9 @@ def test_recipe_fifty_sevens_are_those_of_the_command(recipe):
 
 
 @pytest.fixture
-def loaded():
-    """What the recipe of the fifty sevens leaves, but for the samples."""
-    saved = torch.load(ROOT / "weights" / "ddpm_mnist.pt", weights_only=True)
-    diffusion = ddpm_mnist.Diffusion(ddpm_mnist.cosine_schedule(1000))
-    net = ddpm_mnist.UNet(diffusion)
-    net.load_state_dict(saved["ema"])
-    names = {"torch": torch, "denoiser": ddpm_mnist.denoiser, "diffusion": diffusion, "net": net}
-    return names | {"shape": [1, 28, 28], "labels": list(range(10))}
+def loaded(recipe):
+    """What the recipe of the fifty sevens leaves."""
+    return recipe("Load a checkpoint and draw fifty sevens", smaller=[("steps=50", "steps=1")])
 
 
 def test_recipe_between_two_drawings(recipe, loaded):
