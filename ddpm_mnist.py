@@ -280,7 +280,7 @@ def main(argv=()):
                     raise ValueError(f"other {', '.join(changed)} than before")
         shape, labels, width = [config[name] for name in ("shape", "labels", "width")]
         checked = f"--label {args.label}, of {labels}"
-        picks = range(len(labels)) if args.label is None else [[*map(str, labels)].index(args.label)]
+        picks = [[*map(str, labels)].index(args.label)] if args.label else range(len(labels))
         checked = f"--out {args.out}"
         args.out.mkdir(parents=True, exist_ok=True)
     except Exception as error:
