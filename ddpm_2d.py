@@ -179,7 +179,7 @@ def read_points(path):
             if len(point) == 2 and all(map(math.isfinite, point)):
                 points.append(point)
             elif not words or (points and cells):  # words above the first point are a header
-                raise ValueError(f"line {number} is {line!r}, not two finite numbers")
+                raise ValueError(f"line {number} is {line!r:.80}, not two finite numbers")
         points = np.array(points)
     if points.size == 0:
         raise ValueError(f"no points in {path}")
@@ -262,7 +262,7 @@ def main(argv=()):
     for name, least in limits.items():
         if not least <= getattr(args, name) <= 1e9:
             parser.error(f"--{name.replace('_', '-')} must be {least} to 1e9")
-    sigma = 0.08 if args.data in TOYS else 0.0  # of the Gaussians; points of a file stay as they are
+    sigma = 0.08 if args.data in TOYS else 0.0  # of the Gaussians; a file's points are exact
     checked = f"--data {args.data} (toy sets: {', '.join(TOYS)})"
     try:
         points = TOYS[args.data] if sigma else read_points(args.data)
