@@ -17,19 +17,23 @@ from matplotlib.image import imsave
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from ddpm_mnist import UNREADABLE, Diffusion, UNet, cosine_schedule, denoiser  # noqa: E402
+from ddpm_mnist import Diffusion, UNet, cosine_schedule, denoiser  # noqa: E402
 
 
-def draw_process(path, saved, seed=0, steps=50):
-    """Ten samples, the labels in turn: x_T at the left, x_0 at the right."""
-    shape = saved["config"]["shape"]
-    classes = len(saved["config"]["labels"])
-    diffusion = Diffusion(cosine_schedule(1000))
-    net = UNet(diffusion, shape[0], classes)
+def load(path):
+    """What is in a model.pt, its diffusion and its network."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    config = saved["config"]
+    net = UNet(config["shape"][0], len(config["labels"]), config["width"])
     net.load_state_dict(saved["ema"])
-    torch.manual_seed(seed)
-    model = denoiser(net, diffusion, torch.arange(10) % classes)
-    states = list(diffusion.ddim_sample_loop(model, torch.randn(10, *shape), steps, eta=1.0))
+    return saved, Diffusion(cosine_schedule(1000)), net
+
+
+def draw_process(path, saved, diffusion, net, steps=50):
+    """Ten samples, the labels in turn: x_T at the left, x_0 at the right."""
+    model = denoiser(net, diffusion, torch.arange(10) % net.classes)
+    xT = torch.randn(10, *saved["config"]["shape"])
+    states = list(diffusion.ddim_sample_loop(model, xT, steps, eta=1.0))
     ten = [states[k] for k in np.linspace(0, steps, 10).round().astype(int)]
     picture = torch.cat(ten, 3).permute(0, 2, 3, 1).flatten(0, 1)  # [10 H, 10 W, C]
     imsave(path, ((picture.clamp(-1, 1) + 1) / 2).expand(-1, -1, 3).numpy())
@@ -54,12 +58,13 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     args = parser.parse_args(argv)
     try:
-        saved = torch.load(args.run / "model.pt", "cpu", weights_only=True)
-        draw_process(args.run / "process.png", saved, args.seed)
-        if "losses" in saved:
-            draw_losses(args.run / "training.png", saved["losses"])
-    except UNREADABLE as error:
-        parser.error(f"{args.run / 'model.pt'}: {error!r}")
+        saved, diffusion, net = load(args.run / "model.pt")
+    except Exception as error:  # a damaged file can raise nearly anything
+        parser.error(f"{args.run / 'model.pt'}: {error!r:.400}")
+    torch.manual_seed(args.seed)
+    draw_process(args.run / "process.png", saved, diffusion, net)
+    if "losses" in saved:
+        draw_losses(args.run / "training.png", saved["losses"])
 
 
 if __name__ == "__main__":
