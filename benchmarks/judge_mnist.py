@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from ddpm_mnist import UNREADABLE, Diffusion, UNet, cosine_schedule, denoiser  # noqa: E402
+from benchmarks.draw_mnist import load  # noqa: E402
+from ddpm_mnist import denoiser  # noqa: E402
 
 RECOGNISED = """recognised as asked: {recognised:.1%} +- {recognised_error:.1%}
     is the share in which the classifier sees the digit that was asked for (of the real
@@ -178,16 +179,17 @@ def variational_bound(diffusion, model, x0, generator=None):
     return bound
 
 
-def bits_per_dimension(net, x, y, n):
+def bits_per_dimension(diffusion, net, x, y, n):
     """Bound of -log2 p(x, y) over the pixels, for n random images uint8 [N, 28, 28], labels y."""
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     net.to(device)
+    diffusion.to(device)
     generator = torch.Generator().manual_seed(0)  # the same images and noise for every model
     nats = []
     for pick in torch.randperm(len(x), generator=generator)[:n].split(128):
-        model = denoiser(net, net.diffusion, y[pick].to(device))
+        model = denoiser(net, diffusion, y[pick].to(device))
         x0 = to_input(x[pick]).to(device)
-        nats.append(variational_bound(net.diffusion, model, x0, generator).sum(1))
+        nats.append(variational_bound(diffusion, model, x0, generator).sum(1))
     bits = (torch.cat(nats) + math.log(net.classes)) / math.log(2) / x[0].numel()
     return {"bits": bits.mean().item(), "bits_error": bits.std().item() / n**0.5}
 
@@ -214,15 +216,13 @@ def read_data(path):
     return *train_set, *test_set
 
 
-def read_network(path):
-    """The network of a model.pt."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+def read_model(path):
+    """Diffusion and network of a model.pt."""
+    saved, diffusion, net = load(path)
     config = saved["config"]
     if config["shape"] != [1, 28, 28] or config["labels"] != list(range(10)):
         raise ValueError(f"{config['shape']} with labels {config['labels']} is no model of MNIST")
-    net = UNet(Diffusion(cosine_schedule(1000)))
-    net.load_state_dict(saved["ema"])
-    return net
+    return diffusion, net
 
 
 def report(row):
@@ -244,7 +244,7 @@ def main(argv=None):
     add("--classifier", type=Path, default=ROOT / "runs" / "judge_mnist.pt", help="is kept here")
     args = parser.parse_args(argv)
     samples = []
-    networks = []
+    models = []
     saved = None
     try:
         file = args.data
@@ -257,15 +257,14 @@ def main(argv=None):
             file = run
             samples.append(check(images, labels))
         for file in [run / "model.pt" for run in args.runs if args.bits]:
-            networks.append(read_network(file))
+            models.append(read_model(file))
         file = args.classifier
         if file.exists():
             saved = torch.load(file, weights_only=True)
             if saved["data"] != zlib.crc32(data[0].numpy()):
                 raise ValueError("was trained on other --data; name another file by --classifier")
-    except UNREADABLE as error:
-        reason = str(error).partition("\n")[0]
-        parser.error(f"{file}: {type(error).__name__} {reason}")
+    except Exception as error:  # a damaged file can raise nearly anything
+        parser.error(f"{file}: {error!r:.400}")
     if args.bits and not 2 <= args.bits <= len(data[2]):
         parser.error(f"--bits must be 0 or 2 to {len(data[2])}")
 
@@ -276,7 +275,7 @@ def main(argv=None):
     for i, run in enumerate(args.runs):
         row = judge(classifier, *samples[i], saved)
         if args.bits:
-            row |= bits_per_dimension(networks[i], *data[2:], args.bits)
+            row |= bits_per_dimension(*models[i], *data[2:], args.bits)
         row |= {"run": str(run), "recognised_real": saved["accuracy"]}
         report(row)
         rows.append(row)

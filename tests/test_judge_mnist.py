@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import judge_mnist
+from benchmarks import draw_mnist, judge_mnist
 from ddpm_mnist import Diffusion, UNet, cosine_schedule
 
 
@@ -41,8 +41,8 @@ def test_decoder_is_a_distribution_over_256_values():
 def test_bound_of_the_best_model_of_an_image_with_noise(T, last, s):
     """L_{t-1} is var(x_0 | x_t) by half of what the signal-to-noise ratio loses."""
     torch.manual_seed(0)
-    beta = torch.cat([torch.zeros(1), torch.linspace(1e-4, last, T)]).double()
-    a = torch.cumprod(1 - beta, 0)
+    beta = torch.linspace(1e-4, last, T).double()
+    a = torch.cumprod(1 - torch.cat([torch.zeros(1), beta]), 0)  # from t = 0 on
     image = torch.arange(784).view(28, 28) % 256 / 127.5 - 1
     x0 = image + s * torch.randn(50, 1, 28, 28)
     total = s**2 * a + 1 - a  # the variance of x_t
@@ -57,7 +57,7 @@ def test_bound_of_the_best_model_of_an_image_with_noise(T, last, s):
     _, *terms = bound.mean(0).tolist()
     assert terms == pytest.approx([*kl.tolist(), prior.item()], rel=0.04, abs=1e-4)
     if s == 0:
-        sigma = (beta[1] / (1 - a[2]) * beta[2]).sqrt()  # root of beta-tilde_2
+        sigma = (beta[0] / (1 - a[2]) * beta[1]).sqrt()  # root of beta-tilde_2
         wanted = judge_mnist.decoder_nll(image.double(), image.double(), sigma).sum()
         torch.testing.assert_close(bound[:, 0], wanted.expand(50), rtol=1e-3, atol=0)
 
@@ -65,16 +65,17 @@ def test_bound_of_the_best_model_of_an_image_with_noise(T, last, s):
 def test_bits_are_per_pixel_with_the_label_and_nan_stays(monkeypatch):
     images = torch.arange(200, dtype=torch.uint8)[:, None, None].expand(200, 28, 28)
     y = torch.arange(200) % 10
-    net = UNet(Diffusion(cosine_schedule(21)))
+    net = UNet()
+    diffusion = Diffusion(cosine_schedule(21))
     torch.nn.init.constant_(net.head[-1].bias, math.nan)
-    assert math.isnan(judge_mnist.bits_per_dimension(net, images, y, 4)["bits"])
+    assert math.isnan(judge_mnist.bits_per_dimension(diffusion, net, images, y, 4)["bits"])
 
     def bound(diffusion, model, x0, generator):  # 0 to 199 bits a pixel, one number an image
         value = (x0[:, :1, 0, 0].double() + 1) * 127.5
         return 784 * math.log(2) * torch.cat([value / 4, value * 3 / 4], 1)
 
     monkeypatch.setattr(judge_mnist, "variational_bound", bound)
-    row = judge_mnist.bits_per_dimension(net, images, y, 200)
+    row = judge_mnist.bits_per_dimension(diffusion, net, images, y, 200)
     assert row["bits"] == pytest.approx(99.5 + math.log2(10) / 784)
     assert row["bits_error"] == pytest.approx(np.arange(200).std(ddof=1) / 200**0.5)
 
@@ -104,7 +105,7 @@ def test_share_recognised_and_frechet_ratio():
 @pytest.fixture
 def argv(tmp_path, monkeypatch):
     """A folder of noise and an untrained network, beside small real data and a classifier."""
-    monkeypatch.setattr(judge_mnist, "cosine_schedule", lambda T: cosine_schedule(21))
+    monkeypatch.setattr(draw_mnist, "cosine_schedule", lambda T: cosine_schedule(21))
     images = np.random.default_rng(0).integers(0, 256, (40, 28, 28), np.uint8)
     y = np.arange(40, dtype=np.uint8) % 10
     np.savez(tmp_path / "data.npz", x_train=images, y_train=y, x_test=images, y_test=y)
@@ -113,9 +114,8 @@ def argv(tmp_path, monkeypatch):
     torch.save(saved, tmp_path / "classifier.pt")
     np.save(tmp_path / "samples.npy", images[..., None])
     np.save(tmp_path / "labels.npy", y)
-    net = UNet(Diffusion(cosine_schedule(21)))
-    config = {"shape": [1, 28, 28], "labels": list(range(10))}
-    torch.save({"config": config, "ema": net.state_dict()}, tmp_path / "model.pt")
+    config = {"shape": [1, 28, 28], "labels": list(range(10)), "width": 16}
+    torch.save({"config": config, "ema": UNet(width=16).state_dict()}, tmp_path / "model.pt")
     files = ["--data", tmp_path / "data.npz", "--classifier", tmp_path / "classifier.pt"]
     return [str(arg) for arg in (tmp_path, *files)]
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_judged_is_refused_in_one_line(argv, tmp_path, refuses):
         np.save(tmp_path / "labels.npy", wrong)
         refused(argv, tmp_path)
     np.save(tmp_path / "labels.npy", labels)
-    other = {"shape": [1, 28, 28], "labels": [0, 1]}
+    other = model["config"] | {"labels": [0, 1]}
     for change in ({"ema": {}}, {"config": other}, {"config": None}):
         torch.save(model | change, tmp_path / "model.pt")
         refused([*argv, "--bits", 2], "model.pt")
