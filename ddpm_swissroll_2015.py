@@ -71,7 +71,7 @@ def kl_bits(mean_q, var_q, mean_p, var_p, slope):
     mean_b + slope (a - mean_a). Chain rule: KL of a, plus KL of b given a, a mean over q's a."""
     a, b = (mean_q - mean_p).unbind(-1)
     square = torch.stack([a**2, (b - slope * a) ** 2 + slope**2 * var_q[..., 0]], -1)
-    nats = (torch.log(var_p / var_q) + (var_q + square) / var_p - 1) / 2
+    nats = (torch.log(var_p / var_q) + (var_q + square) / var_p - 1) / 2  # [..., 2]
     return nats.sum(-1) / math.log(2)
 
 
@@ -79,7 +79,7 @@ class Schedule:
     """q at t = 0..T. Points are [B, 2] if t is a number, and [S, B, 2] if t holds S steps."""
 
     def __init__(self, beta1, logit_beta):
-        beta = torch.cat([logit_beta.new_tensor([0, beta1]), logit_beta.sigmoid()])
+        beta = torch.cat([torch.tensor([0, beta1]).to(logit_beta), logit_beta.sigmoid()])
         self.beta = beta[:, None, None]  # [T + 1, 1, 1], so that index t is step t
         log_alpha_bar = torch.log1p(-self.beta).cumsum(0)
         self.alpha_bar = log_alpha_bar.exp()
@@ -106,19 +106,19 @@ class DiffusionModel(nn.Module):
         self.T = T
         self.beta1 = beta1
         log_snr = torch.linspace(math.log(1 / beta1 - 1), -1, T, dtype=torch.float64)
-        alpha_bar = torch.sigmoid(log_snr)  # at first; log(alpha_bar / (1 - alpha_bar)) is a line
+        alpha_bar = torch.sigmoid(log_snr)  # at first: equal steps of log_snr, alpha_bar_T = 0.27
         beta = 1 - alpha_bar[1:] / alpha_bar[:-1]  # beta_2, ..., beta_T
         self.logit_beta = nn.Parameter(beta.logit().float(), requires_grad=learn_schedule)
         units = net(torch.zeros(1, 2)).shape[-1]
-        self.readout = nn.Parameter(torch.zeros(T + 1, units, 5 if full else 4))
+        self.readout = nn.Parameter(torch.zeros(T + 1, units, 5 if full else 4))  # one for each t
 
     def reverse(self, xt, t, s):
         """Mean, variances and slope (see kl_bits) of p(x_{t-1} | x_t). With a readout of 0 it is a
-        forward step, N(sqrt(1 - beta_t) x_t, beta_t I): before training, and at t = 1 for ever."""
+        forward step, N(sqrt(1 - beta_t) x_t, beta_t I): at first, and always at t = 1, not in K."""
         out = self.net(xt) @ self.readout[t]  # [S, B, 4 or 5]
         scale = s.var[t].sqrt() if self.full else 1  # then out is -v of Salimans & Ho (2022)
-        x0 = s.alpha_bar[t].sqrt() * xt + scale * out[..., :2]  # best linear guess plus network
-        mean, _ = s.q_posterior(x0, xt, t)  # [S, B, 2]
+        guess = s.alpha_bar[t].sqrt() * xt + scale * out[..., :2]  # of x_0: best linear one + out
+        mean, _ = s.q_posterior(guess, xt, t)  # [S, B, 2]
         var = torch.sigmoid(out[..., 2:4] + s.beta[t].logit())  # [S, B, 2], Eq. (64)
         slope = out[..., 4] if self.full else torch.zeros_like(out[..., 0])  # [S, B]
         return mean, var, slope
@@ -132,7 +132,7 @@ class DiffusionModel(nn.Module):
         xt = s.q_sample(x0, t, eps)  # [T - 1, B, 2]
         mean_q, var_q = s.q_posterior(x0, xt, t)
         kl = kl_bits(mean_q, var_q, *self.reverse(xt, t, s))  # [T - 1, B]
-        entropies = torch.log2(s.var[-1] / s.var[1]).squeeze()  # H_q - H_q: two axes, so no 1/2
+        entropies = torch.log2(s.var[-1] / s.var[1]).squeeze()  # both H_q; two axes, so no 1/2
         return -kl.sum(0) + entropies + L_NULL, kl  # L_null is -H_p(X_T)
 
     @torch.no_grad()
@@ -199,11 +199,11 @@ def train(model, noise, steps, batch_size, lr):
 
 def evaluate(model, noise, samples):
     """K on 65,536 fresh points, to about 0.01, and the share of samples [n, 2] off the curve."""
-    batches = [make_swiss_roll(256, noise) for _ in range(256)]
+    batches = [make_swiss_roll(1024, noise) for _ in range(64)]
     K = torch.cat([model.bound(x0)[0] for x0 in tqdm(batches, "evaluate")]).mean().item()
     curve = roll_curve(torch.linspace(0, 1, 5000), noise)
     distance = torch.cat([torch.cdist(part, curve).amin(1) for part in samples.split(1000)])
-    tolerance = 0.1 + 3 * math.sqrt(noise**2 + 2 * model.beta1)  # 0.1, and 3 sigma of a perfect p
+    tolerance = 0.1 + 3 * math.sqrt(noise**2 + 2 * model.beta1)  # x_1 and x_0 add beta_1 each
     return {
         "K_minus_null_bits": K - L_NULL,
         "ceiling_minus_null_bits": ceiling_bits(noise, model.beta1) - L_NULL,
