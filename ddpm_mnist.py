@@ -158,7 +158,7 @@ def load_images(path):
     x = x[..., None] if x.ndim == 3 else x  # [n, H, W, C]
     y = y[:, 0] if y.shape[1:] == (1,) else y  # [n]; Keras has [n, 1] for CIFAR
     fits = x.dtype == np.uint8 and x.ndim == 4 and y.shape == x.shape[:1] and y.dtype.kind in "iuU"
-    if not fits or not len(x) or x.shape[1] % 4 or x.shape[2] % 4 or x.shape[3] not in (1, 3):
+    if not fits or not x.size or x.shape[1] % 4 or x.shape[2] % 4 or x.shape[3] not in (1, 3):
         wanted = "uint8 [n, H, W] or [n, H, W, 3], H and W divisible by 4, and n integers or words"
         raise ValueError(f"x_train {x.dtype} {x.shape}, y_train {y.dtype} {y.shape}, not {wanted}")
     labels, y = np.unique(y, return_inverse=True)
@@ -205,8 +205,8 @@ def train(args, diffusion, net, x, y, saved):
                     torch.save(saved | {k: v.state_dict() for k, v in parts.items()}, file)
                     file.replace(args.out / "model.pt")  # at once: a kill leaves it whole
                 except (OSError, RuntimeError) as error:  # a full disk; on Windows, a file in use
-                    file.unlink(missing_ok=True)
                     if len(losses) == args.steps:
+                        file.unlink(missing_ok=True)
                         raise SystemExit(f"{file} cannot be written: {error}") from error
                     bar.write(f"{file} cannot be written, next try in 100 steps: {error}")
     return average.module.state_dict()
@@ -215,9 +215,9 @@ def train(args, diffusion, net, x, y, saved):
 def draw(args, diffusion, net, shape, labels, picks):
     """Images of labels[k], for the k of picks in turn, drawn and written to args.out."""
     torch.manual_seed(args.seed)
-    y = torch.from_numpy(np.resize(picks, args.samples))  # repeats them
+    y = np.resize(picks, args.samples)  # repeats them
     images = []  # uint8 [B, C, H, W]
-    for label in tqdm(y.to(args.device).split(args.batch_size), "sample"):
+    for label in tqdm(torch.from_numpy(y).to(args.device).split(args.batch_size), "sample"):
         model = denoiser(net, diffusion, label, args.guidance)
         xT = torch.randn(len(label), *shape, device=args.device)
         for xt in diffusion.ddim_sample_loop(model, xT, args.sample_steps, args.eta):
@@ -254,9 +254,9 @@ def main(argv=()):
     args = parser.parse_args(argv)
     limits = {"steps": (1, 1e7), "batch_size": (1, 1e7), "lr": (0, 1e3), "samples": (1, 1e9)}
     limits |= {"sample_steps": (1, 1e3), "eta": (0, 1), "guidance": (0, 1e3), "seed": (0, 1e9)}
-    for name, (least, most) in limits.items():
-        if not least <= getattr(args, name) <= most:
-            parser.error(f"--{name.replace('_', '-')} must be {least:g} to {most:g}")
+    for name, (low, high) in limits.items():
+        if not low <= vars(args)[name] <= high:
+            parser.error(f"--{name.replace('_', '-')} {vars(args)[name]}, not {low:g} to {high:g}")
     if WORLD > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if torch.cuda.is_available() else -1)
         distributed.init_process_group()
@@ -276,7 +276,7 @@ def main(argv=()):
                 checked = f"--resume {args.out / 'model.pt'}"
                 saved = torch.load(args.out / "model.pt", map_location="cpu")
                 changed = [name for name in config if saved["config"][name] != config[name]]
-                if changed:
+                if changed or not saved["losses"]:  # weights alone have none
                     raise ValueError(f"other {', '.join(changed)} than before")
         shape, labels, width = [config[name] for name in ("shape", "labels", "width")]
         checked = f"--label {args.label}, of {labels}"

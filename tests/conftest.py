@@ -1,16 +1,25 @@
-"""Settings for every test: one thread, repeatable hypothesis, any order, nothing left behind."""
+"""Settings for every test: CPU, one thread, repeatable hypothesis, any order, nothing left behind.
+
+HYPOTHESIS_PROFILE=random python -m pytest    other examples each time; a failure can be repeated
+TEST_ORDER=reverse python -m pytest           or a seed for a random order
+"""
 
 import os
 import random
 import tempfile
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
-settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30, database=None)
-settings.load_profile("ci")
+always = {"deadline": None, "max_examples": 100, "database": None}
+settings.register_profile("same", derandomize=True, **always)
+settings.register_profile("random", print_blob=True, **always)  # see @reproduce_failure
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 caches = tempfile.TemporaryDirectory()
 set_hypothesis_home_dir(caches.name)
 torch.set_num_threads(1)
@@ -21,12 +30,20 @@ def pytest_unconfigure():
 
 
 def pytest_collection_modifyitems(items):
-    """TEST_ORDER=reverse, or a seed for a random order: no test may need another one."""
+    """TEST_ORDER: no test may need another one."""
     order = os.environ.get("TEST_ORDER", "")
     if order == "reverse":
         items.reverse()
     elif order:
         random.Random(order).shuffle(items)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cpu():
+    """The default device, also on a machine with a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)
+        yield
 
 
 @pytest.fixture
@@ -44,3 +61,25 @@ def refuses(capsys):
         return line
 
     return check
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves the working folder; /cut/FILE tells the right length, but breaks off halfway."""
+
+    def do_GET(self):
+        if not self.path.startswith("/cut/"):
+            return super().do_GET()
+        content = Path(self.path.removeprefix("/cut/")).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", len(content))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2])
+
+
+@pytest.fixture
+def server():
+    """The address of a web server on this machine."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()

@@ -1,7 +1,7 @@
 """A pretend accelerator for machines without one: finds code that mixes CPU and device tensors.
 
 with pretend_device() as device:
-    main(["--device", device])
+    main(["--device", device])  # which is the default there, as with a GPU
 
 The device is "meta", but here its tensors hold numbers: a DeviceTensor wraps a CPU tensor, and each
 operation runs on the tensors inside, so that results are those of the CPU. It raises RuntimeError
@@ -117,6 +117,9 @@ class DeviceTensor(torch.Tensor):
     def tolist(self):
         return self.inner.tolist()
 
+    def __format__(self, spec):
+        return format(self.inner, spec)
+
 
 class DeviceGenerator(GENERATOR):
     """torch.Generator, which for the pretend device gives one of the CPU, and remembers it."""
@@ -159,6 +162,8 @@ def pretend_device():
     changes += [(F, "scaled_dot_product_attention", attention)]
     changes = [(owner, name, partial(new, getattr(owner, name))) for owner, name, new in changes]
     changes += [(torch, "Generator", DeviceGenerator)]
+    accelerator = torch.device(DEVICE)
+    changes += [(torch.accelerator, "current_accelerator", lambda *_, **__: accelerator)]
     changes += [(optimizer, "_get_fused_kernels_supported_devices", lambda: fused_devices)]
     swap = torch.__future__.get_swap_module_params_on_conversion()
     with contextlib.ExitStack() as stack:
