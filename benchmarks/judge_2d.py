@@ -7,7 +7,7 @@ Writes training.png, score.png, density.png and sampling.gif into the folder, in
 coordinates. Points of your own have no known density: they get training.png and sampling.gif.
 
 The model's density is that of the probability-flow ODE at t = 1, beside the exact density of x_1.
-This is the data, blurred by sqrt(beta_1) (0.006 at T = 1000; the Gaussians of the data are 0.08
+This is the data, blurred by sqrt(beta_1) (0.01 at T = 1000; the Gaussians of the data are 0.08
 wide). The last step, from x_1 to x_0, is left out: it is a jump, no part of the flow.
 """
 
@@ -16,7 +16,6 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import NamedTuple
 
 import numpy as np
@@ -28,9 +27,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import ddpm_2d  # noqa: E402
-from ddpm_2d import TOYS, Diffusion, NoisePredictor, ToyData  # noqa: E402
-
-BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError)
+import ddpm_mnist  # noqa: E402
+from ddpm_2d import TOYS, Diffusion, Mixture, NoisePredictor, linear_schedule  # noqa: E402
 
 SAMPLES = """swd_ratio: {swd_ratio}
     is how far samples.npy is from true samples (sliced Wasserstein-1 distance), compared with
@@ -38,7 +36,12 @@ SAMPLES = """swd_ratio: {swd_ratio}
     five pairs had {swd_low} to {swd_high}.
 ddim_swd_ratio: {ddim_swd_ratio}
     is the same for fresh samples in {ddim_steps} steps of DDIM, eta 0."""
-DENSITY = """excess_loss: {excess_loss}
+DENSITY = """off_support: {off_support}
+    is the share of samples that are less likely than 99.9 % of the data: 0.001 is best.
+coverage: {coverage}
+    is how many centers of the data are the nearest one of some sample, compared with as many true
+    points: 1 is best. It falls if a part of the data is never drawn; off_support does not see that.
+excess_loss: {excess_loss}
     is how much the loss, a mean over t, is above the lowest possible one, as a share of it.
 kl_nats: {kl_nats} +- {kl_error}
     is KL(exact || model) of the densities of x_1: what it costs, in nats a point, to believe the
@@ -55,7 +58,7 @@ class Run(NamedTuple):
 
     diffusion: Diffusion
     net: NoisePredictor
-    data: ToyData  # sigma = 0: points of a user
+    data: Mixture  # sigma = 0: points of a user
     name: str  # of the data
     losses: list
     samples: torch.Tensor  # standardised, float64 [n, 2]
@@ -66,24 +69,29 @@ def read_run(folder):
     try:
         file = folder / "model.pt"
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        schedule = {"linear": ddpm_2d.linear_schedule, "cosine": ddpm_2d.cosine_schedule}
-        diffusion = Diffusion(schedule[saved["schedule"]](saved["T"]))
-        net = NoisePredictor(diffusion).requires_grad_(False)
+        diffusion = Diffusion(linear_schedule(saved["T"]))
+        net = NoisePredictor(saved["T"]).requires_grad_(False)
         net.load_state_dict(saved["net"])
         losses = saved["losses"]
-        file = name = saved["data"]
-        sigma = 0.08 if name in TOYS else 0.0  # as in ddpm_2d.py
-        points = torch.view_as_real(TOYS[name]) if sigma else ddpm_2d.read_points(name)
-        centers = (points - saved["mean"]) / saved["std"] * (1 - sigma**2) ** 0.5
+        sigma = saved["sigma"]
+        file = saved["data"]
+        points = TOYS[file] if sigma else ddpm_2d.read_points(file)
+        data = Mixture(((points - saved["mean"]) / saved["std"]).float(), sigma)
         file = folder / "samples.npy"
         samples = torch.from_numpy(np.load(file))
         if samples.shape != (len(samples), 2):
             raise ValueError(f"{list(samples.shape)} is not [n, 2]")
-    except (*BROKEN, UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file}: {type(error).__name__} {reason}") from error
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise ValueError(f"{file}: {error!r:.400}") from error
     samples = (samples - saved["mean"]) / saved["std"]
-    return Run(diffusion, net, ToyData(centers.float(), sigma), name, losses, samples)
+    return Run(diffusion, net, data, saved["data"], losses, samples)
+
+
+def toy_data(name):
+    """A toy set of ddpm_2d.py, as that script makes it."""
+    points = TOYS[name]
+    std = points.std(0, correction=0) / (1 - 0.08**2) ** 0.5
+    return Mixture(((points - points.mean(0)) / std).float(), 0.08)
 
 
 def sliced_wasserstein(a, b, directions=64):
@@ -94,25 +102,46 @@ def sliced_wasserstein(a, b, directions=64):
     return gap.abs().mean().item() if gap.isfinite().all() else math.nan
 
 
-def judge_samples(run):
-    """Distances to true samples, by that of true samples from each other, and its range."""
-    n = len(run.samples)
-    steps = min(50, run.diffusion.T)
-    *_, fast = run.diffusion.ddim_sample_loop(run.net, torch.randn(n, 2), steps)
-    true = [run.data.sample(n) for _ in range(5)]
-    pairs = [sliced_wasserstein(x, run.data.sample(n)) for x in true]
-    unit = np.mean(pairs) or math.nan  # 0 for a single point
-    numbers = {"swd_low": min(pairs) / unit, "swd_high": max(pairs) / unit, "ddim_steps": steps}
-    for name, cloud in {"swd_ratio": run.samples, "ddim_swd_ratio": fast}.items():
-        numbers[name] = np.mean([sliced_wasserstein(cloud, x) for x in true]) / unit
+def centers_hit(data, samples):
+    """How many centers are the nearest one of at least one of the first 10,000 samples."""
+    samples = samples[:10_000].float()
+    samples = samples[samples.isfinite().all(1)]
+    return len(torch.cdist(samples, data.centers).argmin(1).unique())
+
+
+def scores(data, samples):
+    """Distance of samples [n, 2] to true ones, by that of true ones from each other, and its range;
+    for toy sets off_support of ddpm_2d.py and coverage, too."""
+    n = len(samples)
+    true = [data.sample(n) for _ in range(5)]
+    pairs = [sliced_wasserstein(x, data.sample(n)) for x in true]
+    unit = np.mean(pairs).item() or math.nan  # 0 for a single point
+    distance = np.mean([sliced_wasserstein(x, samples) for x in true]).item()
+    numbers = {"swd_ratio": distance / unit}
+    numbers |= {"swd_low": min(pairs) / unit, "swd_high": max(pairs) / unit}
+    if data.sigma:
+        rare = data.log_prob(data.sample(10_000)).quantile(0.001)
+        log_p = torch.cat([data.log_prob(part) for part in samples.float().split(10_000)])
+        numbers["off_support"] = 1 - (log_p >= rare).float().mean().item()  # NaN is off
+        numbers["coverage"] = centers_hit(data, samples) / centers_hit(data, true[0])
     return numbers
+
+
+def judge_samples(run):
+    """scores of samples.npy and the first of them for as many fresh samples by DDIM."""
+    T = run.diffusion.T
+    n = len(run.samples)
+    ddim = ddpm_mnist.Diffusion(linear_schedule(T))
+    *_, fast = ddim.ddim_sample_loop(run.net, torch.randn(n, 2), min(50, T))
+    numbers = scores(run.data, run.samples) | {"ddim_steps": min(50, T)}
+    return numbers | {"ddim_swd_ratio": scores(run.data, fast)["swd_ratio"]}
 
 
 def density_at(run, t):
     """The exact density of x_t, again a mixture of Gaussians."""
     signal = run.diffusion.signal[t].item()
     noise = run.diffusion.noise[t].item()
-    return ToyData(signal * run.data.centers, math.hypot(signal * run.data.sigma, noise))
+    return Mixture(signal * run.data.centers, math.hypot(signal * run.data.sigma, noise))
 
 
 def errors_at(run, t, n=4000):
@@ -128,7 +157,8 @@ def errors_at(run, t, n=4000):
 
 def velocity(diffusion, model, t, xt):
     """dx_t / dphi [n, 2] of the probability-flow ODE, where signal = cos(phi), noise = sin(phi):
-    this is v = (eps_theta - noise x_t) / signal, and stays finite at both ends."""
+    v = (eps_theta - noise x_t) / signal. It is finite at both ends for the best model; of another
+    it is off by the error of eps_theta / signal, where 1 / signal is 157 at t = T."""
     signal = diffusion.alpha_bar[t] ** 0.5
     noise = (1 - diffusion.alpha_bar[t]) ** 0.5
     return (model(xt, torch.full((len(xt),), t)) - noise * xt) / signal
@@ -219,7 +249,7 @@ def draw_training(file, run, n):
     left.plot(np.arange(len(smooth)) + (width + 1) / 2, smooth, color="C0", label="network")
     left.set(xlabel="training step", title="loss", xlim=(1, None))
     for (name, model), style in zip(models.items(), ({"lw": 4, "alpha": 0.5}, {"color": "k"})):
-        error = run.diffusion.variational_bound(model, x0)[1].numpy() / 2  # as in the loss
+        error = run.diffusion.variational_bound(model, x0)[1].numpy()
         means = np.add.reduceat(error, edges[:-1] - 1) / np.diff(edges)
         middle.stairs(means, edges, baseline=None, label=name, **style)
     middle.set(xlabel="t", title="squared error of eps", xscale="log", xlim=(1, T + 1))
