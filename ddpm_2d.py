@@ -1,15 +1,14 @@
-"""DDPM (Ho et al. 2020, arXiv 2006.11239) on 2-D points, judged against their exact density.
+"""DDPM (Ho et al. 2020, arXiv 2006.11239) on 2-D points, toy sets of known density or your own.
 
 forward   q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)             Eq. (4)
 train     E || eps - eps_theta(x_t, t) ||^2 over x_0, eps and t                    Algorithm 1
 sample    x_{t-1} = mu_theta(x_t, t) + sigma_t z, from x_T ~ N(0, I) to x_0        Algorithm 2
 
-What differs from the paper: the loss is a mean over coordinates; L_0 is that of points, which are
-continuous, not of pixels; a small MLP, AdamW with a falling rate, no average of the weights.
+Not as in the paper: a mean over coordinates in the loss; L_0 is a Gaussian density, in place of the
+pixels of Eq. (13); a small MLP, AdamW with a falling rate, no average of the weights.
 """
 
 import json
-import math
 import re
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -26,12 +25,12 @@ from tqdm import tqdm
 
 
 def linear_schedule(T):
-    """beta_1, ..., beta_T [T] of Ho et al., times 1000 / T so that x_T is noise for any T > 20."""
+    """beta_1..beta_T [T] of Ho et al., times 1000 / T: noise for any T, and beta < 1 for T > 20."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 
 
 class Diffusion(nn.Module):
-    """q(x_t | x_0), and p of any model (x_t, t [B]) -> eps. beta [T] is that of t = 1, ..., T."""
+    """q(x_t | x_0), and the way back p of a model (x_t, t [B]) -> eps. beta [T] is of t = 1..T."""
 
     def __init__(self, beta):
         super().__init__()
@@ -54,7 +53,7 @@ class Diffusion(nn.Module):
         eps = torch.randn_like(x0) if eps is None else eps
         return (eps - model(self.q_sample(x0, t, eps), t)).square().flatten(1).mean(1)
 
-    @torch.no_grad()
+    @torch.no_grad()  # while the generator runs
     def p_sample_loop(self, model, xt):
         """Algorithm 2 from x_T: yields x_T, ..., x_0, T + 1 states. sigma_t^2 is beta-tilde_t; the
         other choice of Sec. 3.2 is beta_t."""
@@ -65,14 +64,15 @@ class Diffusion(nn.Module):
             alpha_bar = self.alpha_bar[t]
             mean = (xt - beta / (1 - alpha_bar) ** 0.5 * eps) / (1 - beta) ** 0.5  # Eq. (11)
             beta_tilde = (1 - self.alpha_bar[t - 1]) / (1 - alpha_bar) * beta  # Eq. (7)
-            z = torch.randn_like(xt) if t > 1 else 0
+            z = torch.randn_like(xt) if t > 1 else 0  # beta-tilde_1 is 0 anyway
             xt = mean + beta_tilde**0.5 * z
             yield xt
 
     @torch.no_grad()
     def variational_bound(self, model, x0, seed=0):
         """L_0, ..., L_T of Eq. (5) [T + 1] in nats a point, and Eq. (14) at t = 1, ..., T [T], for
-        points x0 [B, d]. The same seed gives two models the same noise, so that they compare."""
+        points x0 [B, d]. sigma_t^2 is beta-tilde_t; at t = 1, where that is 0, it is beta_1, and
+        the sampler shows the mean. The same seed gives two models the same noise to compare."""
         d = x0.shape[1]
         generator = torch.Generator(x0.device).manual_seed(seed)
         loss = torch.zeros(self.T + 1, dtype=torch.float64)
@@ -87,11 +87,11 @@ class Diffusion(nn.Module):
         # L_{t-1} of t = 2..T: Eq. (12) and the constant of Eq. (8), which is 0 for beta-tilde
         sigma2 = (1 - alpha_bar[1:-1]) / (1 - alpha_bar[2:]) * beta[2:]
         weight = beta[2:] ** 2 / (2 * sigma2 * alpha[2:] * (1 - alpha_bar[2:]))
-        # L_0 = -log N(x_0; mu_theta(x_1, 1), beta_1 I), with Eq. (11); beta-tilde_1 would be 0
+        # L_0 = -log N(x_0; mu, beta_1 I) with x_0 - mu = sqrt(beta_1 / alpha_1) (eps_theta - eps)
         L_0 = (error[1] / alpha[1] + d * torch.log(2 * torch.pi * beta[1])) / 2
-        # L_T = KL( N(sqrt(alpha_bar_T) x_0, (1 - alpha_bar_T) I) || N(0, I) )
-        end = alpha_bar[-1]
-        L_T = (end * x0.square().sum(1).mean().item() - d * (end + torch.log(1 - end))) / 2
+        # L_T = KL( N(sqrt(a) x_0, (1 - a) I) || N(0, I) ) = (a |x_0|^2 - d a - d log(1 - a)) / 2
+        a = alpha_bar[-1]
+        L_T = (a * x0.square().sum(1).mean().item() - d * (a + torch.log(1 - a))) / 2
         return torch.cat([L_0[None], weight * error[2:], L_T[None]]), loss[1:]
 
 
@@ -100,23 +100,23 @@ class NoisePredictor(nn.Module):
 
     def __init__(self, T, width=128, layers=3):
         super().__init__()
-        self.time_freq = nn.Buffer(1000 / T * 10_000 ** (-torch.arange(16) / 16))
-        self.point_freq = nn.Buffer(2 * torch.randn(2, 32))
+        self.time_freq = nn.Buffer(1000 / T * 10_000 ** (-torch.arange(16) / 16))  # t in 0..1000
+        self.point_freq = nn.Buffer(2 * torch.randn(2, 32))  # 2: how fine the features are
         self.inp = nn.Linear(2 + 2 * (32 + 16), width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
         self.out = nn.Linear(width, 2)
-        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.weight)  # training starts near eps = x_t
 
     def forward(self, xt, t):
         angle = torch.cat([xt @ self.point_freq, t[:, None] * self.time_freq], 1)  # [B, 48]
         h = self.inp(torch.cat([xt, angle.sin(), angle.cos()], 1))  # [B, width]
         for layer in self.layers:
             h = h + layer(F.silu(h))
-        return xt + self.out(F.silu(h))  # [B, 2]; where t is large, x_t is nearly eps
+        return xt + self.out(F.silu(h))  # [B, 2]; for large t, x_t is nearly eps
 
 
 class Mixture(NamedTuple):
-    """An equal mixture of N(center, sigma^2 I): all is exact. sigma = 0: a file's points."""
+    """An equal mixture of N(center, sigma^2 I), of known density; sigma = 0 is a file's points."""
 
     centers: torch.Tensor  # [m, 2]
     sigma: float
@@ -138,7 +138,7 @@ class Mixture(NamedTuple):
         var = (signal * self.sigma) ** 2 + noise**2  # of x_t around signal * center
         distance = signal * torch.cdist(xt / signal, self.centers)  # |x_t - signal * center| [n, m]
         center = torch.softmax(-(distance**2) / (2 * var), 1) @ self.centers  # E[center | x_t]
-        return noise / var * (xt - signal * center)  # Cov(eps, x_t) / Var(x_t), given the center
+        return noise / var * (xt - signal * center)  # E[eps | x_t, center] is linear in center
 
 
 def polar(radius, turns):
@@ -148,7 +148,7 @@ def polar(radius, turns):
 
 
 u = (torch.arange(600, dtype=torch.float64) + 0.5) / 600  # evenly spread over 0..1
-arm = polar(u.sqrt(), 1.5 * u.sqrt())
+arm = polar(u.sqrt(), 1.5 * u.sqrt())  # the root spreads it evenly
 grid = (torch.arange(40, dtype=torch.float64) + 0.5) / 10  # evenly spread over 0..4
 board = torch.cartesian_prod(grid, grid)  # [1600, 2]
 TOYS = {  # the centers of the Gaussians [m, 2]
@@ -164,21 +164,21 @@ TOYS = {  # the centers of the Gaussians [m, 2]
 def read_points(path):
     """Two columns of a text or .npy file: float64 [n, 2]. Raises OSError, ValueError, EOFError."""
     if str(path).endswith(".npy"):
-        points = np.asarray(np.load(path))
+        points = np.asarray(np.load(path))  # of an .npz: an object, refused below
     else:
         points = []
         for number, line in enumerate(Path(path).read_text("utf-8-sig").splitlines(), 1):
             row = line.replace('"', "").partition("#")[0]
             cells = re.split("[,;\t]", row)
-            cells = cells if len(cells) > 1 else row.split()
+            cells = cells if len(cells) > 1 else row.split()  # [] if blank
             try:
-                point = tuple(map(float, cells))
+                point = [float(cell) for cell in cells]
             except ValueError:
-                point = ()
-            words = not point and all(any(map(str.isalpha, cell)) for cell in cells)  # or blank
-            if len(point) == 2 and all(map(math.isfinite, point)):
+                point = []
+            header = not points and not point and all(any(map(str.isalpha, cell)) for cell in cells)
+            if len(point) == 2 and all(abs(value) < np.inf for value in point):
                 points.append(point)
-            elif not words or (points and cells):  # words above the first point are a header
+            elif cells and not header:
                 raise ValueError(f"line {number} is {line!r:.80}, not two finite numbers")
         points = np.array(points)
     if points.size == 0:
@@ -213,8 +213,8 @@ def evaluate(diffusion, net, data, samples):
     and for toy sets, whose density is known:
     ideal_...     the same of the best possible prediction, on the same x_0 and noise
     excess_loss   loss / ideal_loss - 1: at least 0, but for the chance of 512 points
-    entropy_nats  the mean of -log q(x_0), which the bound can reach as T grows
-    off_support   samples that are less likely than 99.9 % of the data, a share: 0.001 is best"""
+    entropy_nats  the mean of -log q(x_0): no bound is below it
+    off_support   share of samples less likely than 99.9 % of the data, which itself get 0.001"""
     x0 = data.sample(512)
     terms, loss = diffusion.variational_bound(net, x0)
     metrics = {"loss": loss.mean(), "bound_nats": terms.sum()}
@@ -262,7 +262,7 @@ def main(argv=()):
     for name, least in limits.items():
         if not least <= getattr(args, name) <= 1e9:
             parser.error(f"--{name.replace('_', '-')} must be {least} to 1e9")
-    sigma = 0.08 if args.data in TOYS else 0.0  # of the Gaussians; a file's points are exact
+    sigma = 0.08 if args.data in TOYS else 0.0  # of data with variance 1
     checked = f"--data {args.data} (toy sets: {', '.join(TOYS)})"
     try:
         points = TOYS[args.data] if sigma else read_points(args.data)
@@ -274,7 +274,7 @@ def main(argv=()):
     torch.manual_seed(args.seed)
     mean = points.mean(0)
     std = points.std(0, correction=0).masked_fill(points.amin(0) == points.amax(0), 1)
-    std = std / (1 - sigma**2) ** 0.5  # centers / std have variance 1 - sigma^2, data 1
+    std = std / (1 - sigma**2) ** 0.5  # so that data, centers and noise, have variance 1
     data = Mixture(((points - mean) / std).float().to(args.device), sigma)
     diffusion = Diffusion(linear_schedule(args.T)).to(args.device)
     net = NoisePredictor(args.T).to(args.device)
@@ -286,8 +286,8 @@ def main(argv=()):
     xT = torch.randn(args.samples, 2, device=args.device)
     states = []
     for xt in tqdm(diffusion.p_sample_loop(net, xT), "sample", args.T + 1):
-        states.append(xt[:4000].clone())  # a view would keep all of xt
-    np.save(args.out / "samples.npy", xt.cpu().double() * std + mean)  # x_0 in the file's units
+        states.append(xt[:4000].clone())  # those that draw shows; a view would keep all
+    np.save(args.out / "samples.npy", xt.cpu().double() * std + mean)  # x_0 in the data's units
     metrics = evaluate(diffusion, net, data, xt)
     text = json.dumps(metrics | vars(args), indent=1, default=str)
     (args.out / "metrics.json").write_text(text)

@@ -6,7 +6,7 @@ python ddpm_mnist.py --data mine.npz                  x_train uint8 [n, H, W(, C
 torchrun --nproc-per-node 8 ddpm_mnist.py             eight GPUs, eight times the batch
 
 As in the paper: Eq. (4), a U-Net, an average of its weights. New: a cosine schedule, v in place of
-eps, DDIM, labels with guidance. Our own: p(t) = (2 t - 1) / T^2, as noisy steps shape a digit.
+eps, DDIM, guided labels. Our own: t is drawn by p(t) = (2 t - 1) / T^2; noisy steps shape a digit.
 """
 
 import os
@@ -33,7 +33,7 @@ def cosine_schedule(T):
     """beta_1, ..., beta_T [T] of the alpha_bar of Nichol & Dhariwal, Eq. (17)."""
     u = torch.linspace(0, 1, T + 1, dtype=torch.float64)  # t / T
     f = torch.cos((u + 0.008) / 1.008 * torch.pi / 2) ** 2  # alpha_bar_t = f_t / f_0
-    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)  # beta_T = 1 would leave alpha_bar_T = 0
 
 
 class Diffusion(nn.Module):
@@ -44,8 +44,8 @@ class Diffusion(nn.Module):
         self.T = len(beta)
         alpha_bar = F.pad(torch.cumprod(1 - beta, 0), (1, 0), value=1.0)  # [T + 1], from t = 0 on
         self.alpha_bar = alpha_bar.tolist()  # Python floats, for one step at a time
-        self.signal = nn.Buffer(alpha_bar.sqrt().float(), persistent=False)  # for t [B]
-        self.noise = nn.Buffer((1 - alpha_bar).sqrt().float(), persistent=False)
+        self.signal = nn.Buffer(alpha_bar.sqrt().float(), persistent=False)  # of x_0, for t [B]
+        self.noise = nn.Buffer((1 - alpha_bar).sqrt().float(), persistent=False)  # of eps
 
     def q_sample(self, x0, t, eps):
         """x_t from x_0 [B, ...], steps t [B] and noise eps [B, ...]: DDPM Eq. (4)."""
@@ -69,20 +69,20 @@ class Diffusion(nn.Module):
             a_s = self.alpha_bar[s]
             x0 = (xt - (1 - a_t) ** 0.5 * eps) / a_t**0.5  # the predicted x_0, DDPM Eq. (15)
             sigma = eta * ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)) ** 0.5  # DDIM Eq. (16)
-            direction = max(0, 1 - a_s - sigma**2) ** 0.5 * eps  # "direction pointing to x_t"
+            direction = max(0, 1 - a_s - sigma**2) ** 0.5 * eps  # max: rounding
             xt = a_s**0.5 * x0 + direction + sigma * torch.randn_like(xt)  # DDIM Eq. (12)
             yield xt
 
 
 def denoiser(net, diffusion, y, guidance=1.0):
-    """The model (x_t, t) -> eps that a sampler takes, of a network of v and labels y [B]. Guidance
-    is 1 + w of Ho & Salimans 2022, Eq. (6): 1 is off, 0 ignores y. v gives x_0 without a division
-    by signal, which is 5e-5 at t = T. Unlike in the papers, x_0 is clipped to the data's range."""
+    """Turns a network of v and labels y [B] into the model (x_t, t) -> eps of a sampler. Guidance
+    is 1 + w of Ho & Salimans 2022, Eq. (6), the same on v as on eps: 1 is off, 0 ignores y.
+    No error of v is divided by signal, 5e-5 at t = T. x_0 is clipped, as in the code of DDPM."""
 
     def model(xt, t):
         v = net(xt, t, y)
         v = v if guidance == 1 else torch.lerp(net(xt, t), v, guidance)  # > 1 goes beyond v
-        signal = diffusion.signal[t, None, None, None]
+        signal = diffusion.signal[t, None, None, None]  # [B, 1, 1, 1]
         noise = diffusion.noise[t, None, None, None]
         x0 = (signal * xt - noise * v).clamp(-1, 1)
         return (xt - signal * x0) / noise  # Eq. (4) solved for eps
@@ -110,7 +110,7 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """v_theta(x_t, t, y) of images [B, C, H, W]; y = classes, or none, stands for "not told"."""
+    """v_theta(x_t, t, y) of images [B, C, H, W]; y = self.classes or None means "not told"."""
 
     def __init__(self, channels=1, classes=10, width=32):
         super().__init__()
@@ -128,7 +128,7 @@ class UNet(nn.Module):
         self.up1 = ResBlock(2 * width, width)
         self.up0 = ResBlock(width, width)
         self.head = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 1))
-        nn.init.zeros_(self.head[-1].weight)
+        nn.init.zeros_(self.head[-1].weight)  # v starts near 0
 
     def forward(self, xt, t, y=None):
         y = torch.full_like(t, self.classes) if y is None else y
@@ -166,16 +166,16 @@ def load_images(path):
 
 
 def train(args, diffusion, net, x, y, saved):
-    """Algorithm 1, but for v. Returns the weights' moving average, over a twentieth of the run."""
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(args.steps / (args.steps + 20)))
+    """Algorithm 1 for v, one label in ten not told. Returns an average over steps / 20 weights."""
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / (1 + args.steps / 20)))
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99))
     parts = {"net": net, "ema": average.module, "optimizer": optimizer}
     file = args.out / "model.part"
     losses = saved["losses"]  # the same list: what is appended here is saved below
     if args.resume:
-        average.n_averaged += len(losses)  # not saved; at 0 the next update copies net
+        average.n_averaged += len(losses)  # ema is the module alone; at 0, net is copied
         for name, part in parts.items():
-            part.load_state_dict(saved.pop(name))
+            part.load_state_dict(saved.pop(name))  # frees memory
     learner = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     todo = range(len(losses), args.steps)
     with tqdm(todo, "train", args.steps, initial=len(losses), disable=RANK > 0) as bar:
@@ -184,8 +184,8 @@ def train(args, diffusion, net, x, y, saved):
             pick = torch.randint(len(x), (args.batch_size,))
             x0 = x[pick].to(args.device) / 127.5 - 1  # [B, C, H, W]
             label = y[pick].masked_fill(torch.rand(len(pick)) < 0.1, net.classes).to(args.device)
-            u = (torch.arange(1, args.batch_size + 1) - torch.rand(1)) / args.batch_size  # even
-            t = (diffusion.T * u.sqrt()).ceil().long().to(args.device)
+            u = (torch.arange(1, len(x0) + 1) - torch.rand(1)) / len(x0)  # evenly spaced in (0, 1]
+            t = (diffusion.T * u.sqrt()).ceil().long().to(args.device)  # P(t <= k) = (k / T)^2
             eps = torch.randn_like(x0)
             v = learner(diffusion.q_sample(x0, t, eps), t, label)
             loss = F.mse_loss(v, diffusion.velocity(x0, t, eps))
@@ -203,7 +203,7 @@ def train(args, diffusion, net, x, y, saved):
             if RANK == 0 and (len(losses) % 100 == 0 or len(losses) == args.steps):
                 try:
                     torch.save(saved | {k: v.state_dict() for k, v in parts.items()}, file)
-                    file.replace(args.out / "model.pt")  # at once: a kill leaves it whole
+                    file.replace(args.out / "model.pt")  # a kill leaves the old or the new
                 except (OSError, RuntimeError) as error:  # a full disk; on Windows, a file in use
                     if len(losses) == args.steps:
                         file.unlink(missing_ok=True)
@@ -213,7 +213,7 @@ def train(args, diffusion, net, x, y, saved):
 
 
 def draw(args, diffusion, net, shape, labels, picks):
-    """Images of labels[k], for the k of picks in turn, drawn and written to args.out."""
+    """Draws images of the labels numbered by picks, in turn, and writes them to args.out."""
     torch.manual_seed(args.seed)
     y = np.resize(picks, args.samples)  # repeats them
     images = []  # uint8 [B, C, H, W]
@@ -244,7 +244,7 @@ def main(argv=()):
     add("--samples", type=int, default=100, help="images to draw, the labels in turn")
     add("--label", help="draw only this one; None is all of them")
     add("--sample-steps", type=int, default=50, help="of DDIM, 1 to 1000")
-    add("--eta", type=float, default=1.0, help="noise of DDIM, 0 (none) to 1 (that of DDPM)")
+    add("--eta", type=float, default=1.0, help="noise of DDIM: 0 is none, 1 that of DDPM")
     add("--guidance", type=float, default=1.0, help="1 is off; more makes labels clearer, if any")
     add("--seed", type=int, default=0, help="of all randomness")
     add("--device", default=device, choices=sorted({"cpu", device}), help="where to compute")
@@ -257,16 +257,16 @@ def main(argv=()):
     for name, (low, high) in limits.items():
         if not low <= vars(args)[name] <= high:
             parser.error(f"--{name.replace('_', '-')} {vars(args)[name]}, not {low:g} to {high:g}")
-    if WORLD > 1:
+    if WORLD > 1:  # under torchrun; device -1 is none
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if torch.cuda.is_available() else -1)
         distributed.init_process_group()
-    checked = f"--data {args.data}, an .npz file"
+    checked = f"--data {args.data}, an .npz file"  # what an error is about
     try:
         if args.load:
             checked = f"--load {args.load}, a model.pt with config and ema"
             saved = torch.load(args.load, map_location="cpu")
             config = saved["config"]
-            weights = saved["ema"]
+            weights = saved["ema"]  # in place of training
         else:
             x, y, labels = load_images(args.data)
             config = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "seed")}
@@ -276,8 +276,8 @@ def main(argv=()):
                 checked = f"--resume {args.out / 'model.pt'}"
                 saved = torch.load(args.out / "model.pt", map_location="cpu")
                 changed = [name for name in config if saved["config"][name] != config[name]]
-                if changed or not saved["losses"]:  # weights alone have none
-                    raise ValueError(f"other {', '.join(changed)} than before")
+                if changed or "optimizer" not in saved:
+                    raise ValueError(f"weights alone, or other {', '.join(changed)} than before")
         shape, labels, width = [config[name] for name in ("shape", "labels", "width")]
         checked = f"--label {args.label}, of {labels}"
         picks = [[*map(str, labels)].index(args.label)] if args.label else range(len(labels))
