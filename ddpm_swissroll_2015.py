@@ -109,12 +109,12 @@ class DiffusionModel(nn.Module):
         alpha_bar = torch.sigmoid(log_snr)  # at first: equal steps of log_snr, alpha_bar_T = 0.27
         beta = 1 - alpha_bar[1:] / alpha_bar[:-1]  # beta_2, ..., beta_T
         self.logit_beta = nn.Parameter(beta.logit().float(), requires_grad=learn_schedule)
-        units = net(torch.zeros(1, 2)).shape[-1]
-        self.readout = nn.Parameter(torch.zeros(T + 1, units, 5 if full else 4))  # one for each t
+        units = net(torch.zeros(1, 2)).shape[-1]  # readout[1] is not in K, so it stays 0
+        self.readout = nn.Parameter(torch.zeros(T + 1, units, 5 if full else 4))
 
     def reverse(self, xt, t, s):
-        """Mean, variances and slope (see kl_bits) of p(x_{t-1} | x_t). With a readout of 0 it is a
-        forward step, N(sqrt(1 - beta_t) x_t, beta_t I): at first, and always at t = 1, not in K."""
+        """Mean, variances and slope (see kl_bits) of p(x_{t-1} | x_t). A readout of 0 makes it a
+        forward step, N(sqrt(1 - beta_t) x_t, beta_t I), as before training, and always at t = 1."""
         out = self.net(xt) @ self.readout[t]  # [S, B, 4 or 5]
         scale = s.var[t].sqrt() if self.full else 1  # then out is -v of Salimans & Ho (2022)
         guess = s.alpha_bar[t].sqrt() * xt + scale * out[..., :2]  # of x_0: best linear one + out
