@@ -1,4 +1,4 @@
-"""Schedules, q_sample, posterior, DDPM steps and DDIM steps against the schedulers of diffusers.
+"""Schedules, q_sample, velocity, Algorithm 2 and DDIM against the schedulers of diffusers.
 
 pip install -r benchmarks/requirements.txt
 python benchmarks/parity_diffusers.py               under a minute
@@ -17,11 +17,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks import stand_in  # noqa: E402
-from ddpm_2d import Diffusion, cosine_schedule, linear_schedule  # noqa: E402
+import ddpm_2d  # noqa: E402
+import ddpm_mnist  # noqa: E402
 
 T = 1000
-SCHEDULES = {"linear": linear_schedule(T), "squaredcos_cap_v2": cosine_schedule(T)}  # their names
+SCHEDULES = {  # by their names in diffusers
+    "linear": ddpm_2d.linear_schedule(T),
+    "squaredcos_cap_v2": ddpm_mnist.cosine_schedule(T),
+}
 
 
 def model(x, t):
@@ -34,65 +37,64 @@ def largest(a, b):
     return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
 
 
-def seeded():
-    """The random numbers of the samplers."""
-    return torch.Generator().manual_seed(1)
-
-
-def forward_process(ours, theirs):
-    """Rows (what, t, largest difference) for beta, q_sample and the posterior variance."""
-    x0, eps = torch.randn(2, 64, 2, generator=torch.Generator().manual_seed(0))
+def forward_process(ddpm, ddim, theirs, x0, eps):
+    """Rows (what, t, largest difference) for beta, q_sample, velocity, the posterior variance."""
     for t in range(1, T + 1):
-        beta = ours.beta[t]
+        beta = ddpm.beta[t]
         yield "beta", t, abs(theirs.betas[t - 1].item() - beta)
-        xt = theirs.add_noise(x0, eps, torch.full((64,), t - 1))
-        yield "q_sample", t, largest(xt, ours.q_sample(x0, torch.full((64,), t), eps))
+        times = torch.full((len(x0),), t)
+        xt = theirs.add_noise(x0, eps, times - 1)  # their t counts from 0
+        yield "q_sample", t, largest(xt, ddpm.q_sample(x0, times, eps))
+        v = theirs.get_velocity(x0, eps, times - 1)
+        yield "velocity", t, largest(v, ddim.velocity(x0, times, eps))
         if t > 1:  # at t = 1 it is 0, and 1e-20 in diffusers
-            beta_tilde = (1 - ours.alpha_bar[t - 1]) / (1 - ours.alpha_bar[t]) * beta  # Eq. (7)
+            beta_tilde = (1 - ddpm.alpha_bar[t - 1]) / (1 - ddpm.alpha_bar[t]) * beta  # Eq. (7)
             variance = theirs._get_variance(t - 1).item()
             yield "posterior variance", t, abs(variance - beta_tilde)
 
 
-def steps(what, states, times, scheduler, **options):
-    """Rows (what, t, largest difference) for every step from the same x_t."""
-    same = seeded()
+def steps(what, sampler, times, scheduler, **options):
+    """Rows (what, t, largest difference) for every step of our sampler, from the same x_t."""
+    torch.manual_seed(1)
+    states = list(sampler)
+    torch.manual_seed(1)
     for t, xt, after in zip(times, states, states[1:]):
         eps = model(xt, torch.tensor([t]))
-        step = scheduler.step(eps, t - 1, xt, generator=same, **options).prev_sample
+        step = scheduler.step(eps, t - 1, xt, **options).prev_sample
         yield what, t, largest(step, after)
 
 
-def differences(name):
+def differences(name, beta):
     """Rows (what, t, largest difference) for one schedule."""
     from diffusers import DDIMScheduler, DDPMScheduler
 
-    ours = Diffusion(SCHEDULES[name])
+    torch.manual_seed(0)
+    x0, eps = torch.randn(2, 64, 2)
+    ddpm = ddpm_2d.Diffusion(beta)
+    ddim = ddpm_mnist.Diffusion(beta)
     theirs = DDPMScheduler(T, beta_schedule=name, clip_sample=False)
-    yield from forward_process(ours, theirs)
-    xT = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
-    states = list(ours.p_sample_loop(model, xT, generator=seeded()))
-    yield from steps("DDPM step", states, range(T, 0, -1), theirs)
+    yield from forward_process(ddpm, ddim, theirs, x0, eps)
+    yield from steps("DDPM step", ddpm.p_sample_loop(model, eps), range(T, 0, -1), theirs)
     options = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
-    fast = DDIMScheduler(T, beta_schedule=name, clip_sample=False, **options)
-    fast.set_timesteps(50)
-    times = [t + 1 for t in fast.timesteps.tolist()]  # their t counts from 0
+    theirs = DDIMScheduler(T, beta_schedule=name, clip_sample=False, **options)
+    theirs.set_timesteps(50)
+    times = [t + 1 for t in theirs.timesteps.tolist()]
     for eta in (0.0, 1.0):
-        states = list(ours.ddim_sample_loop(model, xT, 50, eta, generator=seeded()))
-        yield from steps(f"DDIM step, eta {eta:g}", states, times, fast, eta=eta)
+        sampler = ddim.ddim_sample_loop(model, eps, 50, eta)
+        yield from steps(f"DDIM step, eta {eta:g}", sampler, times, theirs, eta=eta)
 
 
 def main(argv=None):
     """Print the largest difference of each kind and where it is; 1 if a limit is exceeded."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
-    stand_in.install()
     failed = False
     print("| schedule | what | largest difference | at t | where t > 100 |\n|---|---|---|---|---|")
     for name, beta in SCHEDULES.items():
         alpha_bar = torch.cumprod(1 - beta, 0).tolist()
         groups = {}
-        for what, t, gap in differences(name):
+        for what, t, gap in differences(name, beta):
             groups.setdefault(what, []).append((gap, t))
-            limit = 1e-6 if what == "beta" else 1e-5 + 6e-8 / (1 - alpha_bar[t])
+            limit = 1e-6 if what == "beta" else 1e-5 + 6e-8 / (1 - alpha_bar[t - 1])
             if not gap <= limit:  # so NaN is a failure, too
                 print(f"{name}: {what} at t = {t} differs by {gap:.1e}, allowed {limit:.1e}")
                 failed = True
