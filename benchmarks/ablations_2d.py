@@ -1,157 +1,134 @@
-"""What a choice in ddpm_2d.py is worth: one table for each question that a reader may ask.
+"""What the choices in ddpm_2d.py are worth: schedule, output of the network, T, steps.
 
-python benchmarks/ablations_2d.py               all of them, about ten minutes on two idle cores
-python benchmarks/ablations_2d.py schedule T    some: schedule, T, skip, sigma
+OMP_NUM_THREADS=1 python benchmarks/ablations_2d.py      about 40 minutes on one core
+python benchmarks/ablations_2d.py --seeds 1 --steps 500  a glance
 
-All on one toy set and one seed, with the defaults of the script in everything else.
+Each row of the first table changes the default in one place, or output and schedule together; the
+second table takes the nets of the default and samples by DDIM. A cell is the median over the seeds,
+with the lowest and the highest: rows whose ranges overlap are not told apart. All networks are
+trained on Eq. (14), whatever their output is. It is a mean over t, and other schedules have other
+levels of noise: compare these by bound - entropy (0 is best) and by swd (1 is best) instead.
 """
 
 import argparse
-import contextlib
-import io
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import ddpm_2d  # noqa: E402
-from benchmarks.compare_2d import scores, toy_data  # noqa: E402
+import ddpm_mnist  # noqa: E402
+from benchmarks.judge_2d import scores, toy_data  # noqa: E402
+from ddpm_2d import TOYS, Diffusion, NoisePredictor, evaluate, linear_schedule, train  # noqa: E402
 
-NAMES = ["schedule", "T", "skip", "sigma"]
-
-
-def sigmoid_schedule(T):
-    """beta of Jabri et al. 2022 (arXiv 2212.11972), start -3, end 3, tau 1: float64 [T + 1]."""
-    u = torch.linspace(0, 1, T + 1, dtype=torch.float64)  # t / T
-    signal = torch.sigmoid(3 - 6 * u)
-    alpha_bar = (signal - signal[-1]) / (signal[0] - signal[-1])
-    beta = torch.zeros(T + 1, dtype=torch.float64)
-    beta[1:] = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    return beta
-
-
-class NoSkip(nn.Module):
-    """In place of the diffusion inside a network: leaves its output as it is."""
-
-    def q_sample(self, v, t, eps):
-        return v
+SCHEDULES = {"linear": linear_schedule, "cosine": ddpm_mnist.cosine_schedule}
+OUTPUTS = ("eps = x_t + network", "eps = network", "v = network")
+DEFAULT = {"schedule": "linear", "output": OUTPUTS[0], "T": 1000}
+COLUMNS = {  # and what a cell is multiplied by
+    "excess loss, %": 100,
+    "bound - ideal": 1,
+    "bound - entropy": 1,
+    "swd, DDPM": 1,
+    "swd, DDIM-50": 1,
+    "off support, %": 100,
+}
 
 
-class PlainPredictor(ddpm_2d.NoisePredictor):
-    """The same network, but its output is eps itself: v and the skip from x_t are gone."""
+class Network(NoisePredictor):
+    """The network of ddpm_2d.py, whose output is eps - x_t, eps or v of Salimans & Ho 2022."""
 
-    def __init__(self, diffusion):
-        super().__init__(diffusion)
-        self.diffusion = NoSkip()
+    def __init__(self, diffusion, output):
+        super().__init__(diffusion.T)
+        self.diffusion = diffusion
+        self.output = output
 
-
-def load(out):
-    """Diffusion, network and standardised samples [n, 2] of the run in a folder."""
-    saved = torch.load(out / "model.pt", map_location="cpu", weights_only=True)
-    make_beta = getattr(ddpm_2d, saved["schedule"] + "_schedule")
-    diffusion = ddpm_2d.Diffusion(make_beta(saved["T"]))
-    net = ddpm_2d.NoisePredictor(diffusion)
-    net.load_state_dict(saved["net"])
-    samples = (torch.from_numpy(np.load(out / "samples.npy")) - saved["mean"]) / saved["std"]
-    return diffusion, net, samples.float()
-
-
-def run(args, *flags):
-    """The metrics of one run of the script, and both sliced Wasserstein ratios."""
-    flags = ["--data", args.data, "--steps", args.steps, "--samples", args.samples, *flags]
-    flags += ["--out", args.out]
-    with contextlib.redirect_stdout(io.StringIO()):
-        metrics = ddpm_2d.main([str(flag) for flag in flags])
-    diffusion, net, samples = load(args.out)
-    *_, fast = diffusion.ddim_sample_loop(net, torch.randn_like(samples), min(50, diffusion.T))
-    metrics["swd_ratio"] = scores(samples, toy_data(args.data))["swd_ratio"]
-    metrics["ddim_swd_ratio"] = scores(fast, toy_data(args.data))["swd_ratio"]
-    return metrics
+    def forward(self, xt, t):
+        eps = super().forward(xt, t)  # x_t + network
+        if self.output == "eps = network":
+            return eps - xt
+        if self.output == "v = network":  # eps = signal v + noise x_t
+            signal = self.diffusion.signal[t, None]
+            return signal * (eps - xt) + self.diffusion.noise[t, None] * xt
+        return eps
 
 
-def table(title, rows):
-    """Print one table; rows is {name: metrics}."""
-    print(f"\n| {title} | excess loss | bound - entropy | swd ratio | DDIM-50 | off support |")
-    print("|---|---|---|---|---|---|")
-    for name, m in rows.items():
-        gap = m["bound_nats"] - m["entropy_nats"]
-        print(
-            f"| {name} | {m['excess_loss']:.2%} | {gap:.3f} | {m['swd_ratio']:.2f} "
-            f"| {m['ddim_swd_ratio']:.2f} | {m['off_support']:.2%} |",
-            flush=True,
-        )
-
-
-@torch.no_grad()
-def large_variance(diffusion, net, xt, steps):
-    """DDIM's sampler with noise of variance beta of the steps taken, "sigma-hat" of its Sec. 5."""
-    times = [round(diffusion.T * k / steps) for k in range(steps, -1, -1)]
-    for t, s in zip(times, times[1:]):
-        eps = net(xt, torch.full((len(xt),), t))
-        a_t = diffusion.alpha_bar[t]
-        a_s = diffusion.alpha_bar[s]
-        x0 = (xt - (1 - a_t) ** 0.5 * eps) / a_t**0.5
-        beta = 1 - a_t / a_s
-        beta_tilde = (1 - a_s) / (1 - a_t) * beta
-        z = torch.randn_like(xt) if s > 0 else 0
-        xt = a_s**0.5 * x0 + (1 - a_s - beta_tilde) ** 0.5 * eps + beta**0.5 * z
+def last(states):
+    """x_0 of a sampler that yields x_T, ..., x_0."""
+    for xt in states:
+        pass
     return xt
 
 
-def sigma(args):
-    """Print the table for the variance of the sampler, at 1000, 50 and 10 steps. It needs a run of
-    the defaults in --out."""
-    diffusion, net, samples = load(args.out)
-    data = toy_data(args.data)
-    print("\n| steps | sigma^2 | swd ratio | off support |\n|---|---|---|---|")
-    for steps in (1000, 50, 10):
-        torch.manual_seed(0)
-        xT = torch.randn_like(samples)
-        *_, none = diffusion.ddim_sample_loop(net, xT, steps, eta=0.0)
-        *_, small = diffusion.ddim_sample_loop(net, xT, steps, eta=1.0)
-        large = large_variance(diffusion, net, xT, steps)
-        for name, x in {"0 (DDIM)": none, "beta-tilde": small, "beta": large}.items():
-            m = scores(x, data)
-            row = f"| {steps} | {name} | {m['swd_ratio']:.2f} | {m['off_support']:.2%} |"
-            print(row, flush=True)
+def one_run(args, data, seed, schedule, output, T, steps):
+    """Train, sample and judge once. Returns the numbers of a row, and how to sample by DDIM."""
+    torch.manual_seed(seed)
+    beta = SCHEDULES[schedule](T)
+    diffusion = Diffusion(beta)
+    net = Network(diffusion, output)
+    train(diffusion, net, data, steps, 1024, 5e-3)  # the defaults of ddpm_2d.py
+    xT = torch.randn(args.samples, 2)
+    x0 = last(diffusion.p_sample_loop(net, xT))
+    metrics = evaluate(diffusion, net, data, x0)
+
+    def ddim(steps, eta):
+        sampler = ddpm_mnist.Diffusion(beta).ddim_sample_loop(net, xT, min(steps, T), eta)
+        return scores(data, last(sampler))
+
+    gap = metrics["bound_nats"] - metrics["ideal_bound_nats"]
+    whole = metrics["bound_nats"] - metrics["entropy_nats"]
+    swd = [scores(data, x0)["swd_ratio"], ddim(50, 0)["swd_ratio"]]
+    return [metrics["excess_loss"], gap, whole, *swd, metrics["off_support"]], ddim
+
+
+def cells(rows, factors):
+    """Median (lowest to highest) of each column of the rows, one for each seed."""
+    table = np.array(rows) * factors
+    spread = zip(np.median(table, 0), table.min(0), table.max(0))
+    return " | ".join(f"{middle:.3g} ({low:.3g} to {high:.3g})" for middle, low, high in spread)
+
+
+def ablate(args, name):
+    """Print both tables for one data set. Returns {choice: rows}."""
+    data = toy_data(name)
+    choices = [{"schedule": s, "output": o} for s in SCHEDULES for o in OUTPUTS]
+    choices += [{"T": 50}, {"T": 200}, {"steps": args.steps // 4}, {"steps": args.steps * 2}]
+    print(f"\n{name}, medians of {args.seeds} seeds (lowest to highest)\n")
+    print("| schedule | output | T | steps |", " | ".join(COLUMNS), "|")
+    print("|---|---|---|---" + "|---" * len(COLUMNS) + "|")
+    results = {}
+    nets = []
+    for choice in choices:
+        setting = DEFAULT | {"steps": args.steps} | choice
+        runs = [one_run(args, data, seed, **setting) for seed in range(args.seeds)]
+        rows, samplers = zip(*runs)
+        nets = nets or samplers  # those of the default, the first of the choices
+        key = " | ".join(str(value) for value in setting.values())
+        results[key] = rows
+        print(f"| {key} | {cells(rows, list(COLUMNS.values()))} |", flush=True)
+    print("\n| steps of DDIM | eta | swd | off support, % |\n|---|---|---|---|")
+    for steps in (10, 50, 250):
+        for eta in (0, 1):
+            judged = [ddim(steps, eta) for ddim in nets]
+            rows = [[row["swd_ratio"], row["off_support"]] for row in judged]
+            print(f"| {steps} | {eta} | {cells(rows, [1, 100])} |", flush=True)
+    return results
 
 
 def main(argv=None):
-    """Print the chosen tables. Returns {question: {choice: metrics}} of all but sigma."""
+    """Print the tables. Returns {data: {choice: rows}}, a row a seed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
-    add("--data", default="swissroll", choices=list(ddpm_2d.TOYS), help="a toy set of ddpm_2d.py")
-    add("--steps", type=int, default=4000, help="of training, in each run")
-    add("--samples", type=int, default=10_000, help="to judge, of each run")
-    add("--out", type=Path, default=ROOT / "runs" / "ablations_2d", help="folder of the last run")
+    names = ["8gaussians", "spirals"]
+    add("--data", nargs="+", default=names, choices=list(TOYS), help="toy sets of ddpm_2d.py")
+    add("--steps", type=int, default=4000, help="of training, of the default")
+    add("--seeds", type=int, default=3, help="runs of each row")
+    add("--samples", type=int, default=4000, help="to judge, of each run")
     args = parser.parse_args(argv)
-    names = args.names or NAMES
-    if not set(names) <= set(NAMES):
-        parser.error(f"{' '.join(names)}: choose from {', '.join(NAMES)}")
-
-    base = run(args)
-    if "sigma" in names:
-        sigma(args)
-    results = {}
-    if "schedule" in names:
-        linear = run(args, "--schedule", "linear")
-        with patch.object(ddpm_2d, "cosine_schedule", sigmoid_schedule):
-            sigmoid = run(args)
-        results["schedule"] = {"cosine": base, "linear": linear, "sigmoid": sigmoid}
-    if "T" in names:
-        results["T"] = {50: run(args, "--T", 50), 200: run(args, "--T", 200), 1000: base}
-    if "skip" in names:
-        with patch.object(ddpm_2d, "NoisePredictor", PlainPredictor):
-            results["skip"] = {"with": base, "without": run(args)}
-    for question, rows in results.items():
-        table(question, rows)
-    return results
+    if min(args.steps // 4, args.seeds, args.samples) < 1:
+        parser.error("--steps must be 4 or more, --seeds and --samples 1 or more")
+    return {name: ablate(args, name) for name in args.data}
 
 
 if __name__ == "__main__":
