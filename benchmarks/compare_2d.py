@@ -1,13 +1,14 @@
 """This project and three packages side by side on 2-D points, at equal seconds of training.
 
 pip install -r benchmarks/requirements.txt
-python benchmarks/compare_2d.py               about 25 minutes on two idle cores
+OMP_NUM_THREADS=1 python benchmarks/compare_2d.py      about 30 minutes on one idle core
 
 Every run is a process of its own with the same budget of seconds; training points are drawn afresh.
 smalldiffusion has its own example for points and its settings are used. The other two have none:
-both train the same plain residual MLP, with their own schedule, loss, average of weights and
-sampler; so their rows show what a usual network gives, not a limit of the package. Prints a table
-with medians over the seeds and writes compare_2d.json and compare_2d.png into the folder --out.
+both train one and the same plain residual MLP, with their own schedule, loss, average of weights
+and sampler. So does this project in its second row: these rows compare diffusion code, not
+networks. Prints a table with medians over the seeds and writes compare_2d.json and compare_2d.png
+into the folder --out.
 """
 
 import argparse
@@ -29,13 +30,15 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import ddpm_mnist  # noqa: E402
 from benchmarks import stand_in  # noqa: E402
-from benchmarks.judge_2d import sliced_wasserstein  # noqa: E402
-from ddpm_2d import TOYS, Diffusion, NoisePredictor, ToyData, cosine_schedule  # noqa: E402
+from benchmarks.judge_2d import scores, toy_data  # noqa: E402
+from ddpm_2d import TOYS, Diffusion, NoisePredictor, linear_schedule  # noqa: E402
 
 TITLES = {"swd_ratio": "sliced Wasserstein ratio", "off_support": "share off support"}
 FILES = {  # what a reader of this method has to know
     "ours": ["ddpm_2d.py"],
+    "ours_plain": ["ddpm_2d.py"],
     "smalldiffusion": ["diffusion.py", "model.py"],
     "denoising_diffusion_pytorch": ["denoising_diffusion_pytorch_1d.py"],
     "diffusers": ["schedulers/scheduling_ddpm.py", "schedulers/scheduling_ddim.py"],
@@ -82,25 +85,31 @@ def fit(net, loss_of, seconds, lr):
         yield steps
 
 
-def ours(draw, seconds):
+def ours(draw, seconds, net=None, lr=5e-3):
     """ddpm_2d.py: its network, schedule, loss, optimizer, batch and learning rate."""
-    diffusion = Diffusion(cosine_schedule(1000))
-    net = NoisePredictor(diffusion)
+    beta = linear_schedule(1000)
+    diffusion = Diffusion(beta)
+    net = net or NoisePredictor(1000)
 
     def loss():
         return diffusion.p_losses(net, draw(1024)).mean()
 
-    *_, steps = fit(net, loss, seconds, 5e-3)
+    *_, steps = fit(net, loss, seconds, lr)
 
     def ddpm(n):
         *_, x0 = diffusion.p_sample_loop(net, torch.randn(n, 2))
         return x0
 
     def ddim(n):
-        *_, x0 = diffusion.ddim_sample_loop(net, torch.randn(n, 2))
+        *_, x0 = ddpm_mnist.Diffusion(beta).ddim_sample_loop(net, torch.randn(n, 2))
         return x0
 
     return net, steps, {"DDPM, 1000 steps": ddpm, "DDIM, 50 steps": ddim}
+
+
+def ours_plain(draw, seconds):
+    """ddpm_2d.py with the network and the learning rate of the two packages below."""
+    return ours(draw, seconds, PlainMLP(), 1e-3)
 
 
 def smalldiffusion(draw, seconds):
@@ -203,25 +212,11 @@ def diffusers(draw, seconds):
     return net, steps, {"DDPM, 1000 steps": ddpm, "DDIM, 50 steps": ddim}
 
 
-PACKAGES = {f.__name__: f for f in (ours, smalldiffusion, denoising_diffusion_pytorch, diffusers)}
-
-
-def toy_data(name):
-    """A toy set of ddpm_2d.py, as that script makes it."""
-    points = torch.view_as_real(TOYS[name])
-    centers = (points - points.mean(0)) / points.std(0, correction=0) * (1 - 0.08**2) ** 0.5
-    return ToyData(centers.float(), 0.08)
-
-
-def scores(samples, data):
-    """swd_ratio as in judge_2d.py and off_support as in ddpm_2d.py, for samples [n, 2]."""
-    n = len(samples)
-    true = [data.sample(n) for _ in range(5)]
-    unit = np.mean([sliced_wasserstein(x, data.sample(n)) for x in true])
-    distance = np.mean([sliced_wasserstein(x, samples) for x in true])
-    rare = data.log_prob(data.sample(10_000)).quantile(0.001)
-    near = (data.log_prob(samples) >= rare).float().mean().item()  # NaN is not
-    return {"swd_ratio": float(distance / unit), "off_support": 1 - near}
+PACKAGES = {
+    f.__name__: f
+    for f in (ours, ours_plain, smalldiffusion, denoising_diffusion_pytorch, diffusers)
+}
+PLAIN = ("ours_plain", "denoising_diffusion_pytorch", "diffusers")
 
 
 def peak_megabytes(process="self"):
@@ -244,7 +239,7 @@ def one_run(name, data, seconds, seed, n):
         x = sample(n).detach()
         cost = (time.perf_counter() - start) / n * 1e6
         row |= {"sampler": sampler, "microseconds_per_sample": cost}
-        rows.append(row | scores(x, data))
+        rows.append(row | scores(data, x))
     return rows
 
 
@@ -276,7 +271,7 @@ def medians(rows):
 def code_lines(package, files):
     """Lines of these files of a package, or of this project, that are not blank."""
     stand_in.install()
-    root = ROOT if package == "ours" else Path(__import__(package).__file__).parent
+    root = ROOT if package.startswith("ours") else Path(__import__(package).__file__).parent
     text = "\n".join((root / file).read_text() for file in files)
     return sum(1 for line in text.splitlines() if line.strip())
 
@@ -304,14 +299,16 @@ def draw(rows, path):
 
 def table(rows):
     """Print the rows of the longest budget."""
-    print("| package | sampler | swd ratio | off support | a sample | steps | memory | lines |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("Rows with one and the same plain MLP compare diffusion code; the others do not.\n")
+    print("| package | network | sampler | swd | off support | a sample | steps | memory | lines |")
+    print("|---|---|---|---|---|---|---|---|---|")
     last = max(row["seconds"] for row in rows)
     for row in rows:
         if row["seconds"] == last:
             lines = code_lines(row["package"], FILES[row["package"]])
             print(
-                f"| {row['package'].replace('_', '-')} | {row['sampler']} "
+                f"| {row['package'].replace('_', '-')} "
+                f"| {'plain MLP' if row['package'] in PLAIN else 'its own'} | {row['sampler']} "
                 f"| {row['swd_ratio']:.2f} | {row['off_support']:.2%} "
                 f"| {row['microseconds_per_sample']:.0f} us | {row['steps']:.0f} "
                 f"| {row['train_megabytes']:.0f} MB | {lines} |"
