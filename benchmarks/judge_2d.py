@@ -260,9 +260,8 @@ def draw_training(file, run, n):
         left.axhline(np.average(best, weights=np.diff(edges)), color="k", label="best possible")
         left.legend(frameon=False)
         middle.legend(frameon=False)
-        right[0].semilogx(times, excess / best, "o-", ms=3)
-        right[0].set(xlabel="t", title="excess over the best possible", ylim=(0, None))
-        right[0].yaxis.set_major_formatter("{x:.1%}")
+        right[0].loglog(times, excess, "o-", ms=3)
+        right[0].set(xlabel="t", title="network's error less the best possible")
         numbers["excess_loss"] = np.diff(edges) @ excess / (np.diff(edges) @ best)
     figure.savefig(file, dpi=150)
     return numbers
