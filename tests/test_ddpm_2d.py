@@ -45,8 +45,13 @@ def built(out, *flags):
 
 
 @pytest.fixture(scope="session")
-def toys(tmp_path_factory):
-    return {name: built(tmp_path_factory.mktemp("toy"), "--data", name)[2] for name in TOYS}
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("2d")
+
+
+@pytest.fixture(scope="session")
+def toys(folder):
+    return {name: built(folder, "--data", name)[2] for name in TOYS}
 
 
 def density(centers, sd):
@@ -57,21 +62,13 @@ def density(centers, sd):
 
 # toy sets
 @every_set
-def test_samples_have_the_moments_of_the_mixture_and_are_standardised(toys, name):
+def test_toy_sets_are_standardised_mixtures_of_known_density(toys, name):
     data = toys[name]
-    mean, var = data.centers.mean(0), data.centers.var(0, correction=0) + data.sigma**2
-    assert data.sigma == 0.08 and mean.abs().max() < 1e-5 and (var - 1).abs().max() < 1e-5
     torch.manual_seed(0)
     x = data.sample(100_000)
-    assert x.shape == (100_000, 2) and x.dtype == torch.float32
+    assert x.shape == (100_000, 2) and x.dtype == torch.float32 and data.sigma == 0.08
     assert within_six_errors(x, 0) and within_six_errors(x**2, 1)
-
-
-@every_set
-def test_log_prob_is_the_density_of_the_mixture(toys, name):
-    data = toys[name]
-    torch.manual_seed(1)
-    x = torch.cat([data.sample(50), torch.randn(50, 2)])
+    x = torch.cat([x[:50], torch.randn(50, 2)])
     want = density(*data).log_prob(x.double()).float()
     torch.testing.assert_close(data.log_prob(x), want, rtol=1e-4, atol=1e-2)
 
@@ -91,12 +88,10 @@ def test_ideal_eps_is_the_slope_of_the_density_of_xt_at_any_t(toys, name, seed):
     torch.testing.assert_close(got, xt.grad.float(), rtol=2e-3, atol=5e-3)
 
 
-def turns(curve):
-    """By what angle a curve in the complex plane turns around 0 from each point to the next."""
-    return (curve[1:] / curve[:-1]).angle() / (2 * torch.pi)
-
-
 def test_toys_have_the_shapes_of_their_names():
+    def turns(curve):  # how far it turns around 0 from each point to the next
+        return (curve[1:] / curve[:-1]).angle() / (2 * torch.pi)
+
     sets = {name: torch.view_as_complex(TOYS[name].contiguous()) for name in TOYS}
     for name, count, radius in (("8gaussians", 8, 1), ("circles", 600, 1), ("circles", 600, 0.5)):
         ring = sets[name][(sets[name].abs() - radius).abs() < 1e-9]
@@ -150,11 +145,10 @@ def test_features_are_sine_and_cosine_of_each_angle():
     net.inp.register_forward_pre_hook(lambda module, args: seen.extend(args))
     xt, t = torch.randn(7, 2), torch.arange(1, 8)
     net(xt, t)
-    x, sine, cosine = seen[0].split([2, 48, 48], 1)
+    _, sine, cosine = seen[0].split([2, 48, 48], 1)
     angle = torch.cat([xt @ net.point_freq, t[:, None] * net.time_freq], 1)
     turned = torch.polar(torch.ones_like(angle), angle)
     torch.testing.assert_close(torch.complex(cosine, sine), turned, rtol=0, atol=1e-4)
-    assert torch.equal(x, xt)
 
 
 @pytest.mark.parametrize(("width", "layers"), [(128, 3), (64, 5)])
@@ -175,34 +169,24 @@ def test_every_layer_is_one_of_its_own_and_learns(width, layers):
 
 # points of files
 numbers = st.floats(allow_nan=False, allow_infinity=False)
+pairs = st.lists(st.tuples(numbers, numbers), min_size=1, max_size=9)
+separators = [",", ";", "\t", " ", "   ", ", ", " ; "]
 headers = ["", "x{}y\n", '"length, mm"{}"width, mm"\n', "# made by hand\n", "1st{}2nd\n\n"]
+forms = ["{!r}", "{:.17g}", "{:+.17E}", '"{!r}"', " {!r} "]
+ends = ["\n", "\r\n", "\n\n", "\n   \n", "  # a note, 1\n", "\n#\n"]
+choices = (separators, headers, forms, ends, ["utf-8", "utf-8-sig"])
 
 
-@given(
-    points=st.lists(st.tuples(numbers, numbers), min_size=1, max_size=9),
-    separator=st.sampled_from([",", ";", "\t", " ", "   ", ", ", " ; "]),
-    header=st.sampled_from(headers),
-    form=st.sampled_from(["{!r}", "{:.17g}", "{:+.17E}", '"{!r}"', " {!r} "]),
-    end=st.sampled_from(["\n", "\r\n", "\n\n", "\n   \n", "  # a note, 1\n", "\n#\n"]),
-    code=st.sampled_from(["utf-8", "utf-8-sig"]),
-)
-@example([(1e3, 2.0)], ",", "", "{:.0E}", "\n", "utf-8")  # 1E+03: a letter, and no header
-def test_points_in_any_usual_way_of_writing_are_read_as_they_were(
-    tmp_path_factory, points, separator, header, form, end, code
-):
+@given(pairs, st.tuples(*map(st.sampled_from, choices)))
+@example([(1e3, 2.0)], (",", "", "{:.0E}", "\n", "utf-8"))  # 1E+03: a letter, and no header
+def test_points_are_read_as_they_were_written(folder, points, choice):
+    separator, header, form, end, code = choice
     rows = [separator.join(map(form.format, point)) for point in points]
-    path = tmp_path_factory.getbasetemp() / "points.csv"
+    path = folder / "points.csv"
     path.write_bytes((header.format(separator) + end.join([*rows, ""])).encode(code))
     for name in (path, str(path)):
         read = read_points(name)
         assert read.dtype == torch.float64 and read.tolist() == [list(point) for point in points]
-
-
-@pytest.mark.parametrize("dtype", ["i1", "u2", ">i4", "f2", ">f8"])
-def test_points_of_npy_files_are_read(dtype, tmp_path):
-    array = np.asfortranarray([[1, 2], [100, 4], [25, 6]]).astype(dtype)
-    np.save(tmp_path / "points.npy", array)
-    assert read_points(tmp_path / "points.npy").tolist() == array.tolist()
 
 
 class Trap:
@@ -212,28 +196,23 @@ class Trap:
         return open, ("trap", "w")
 
 
-def npy(array, save=np.save, **more):
-    """The bytes of a .npy file."""
-    file = io.BytesIO()
-    save(file, array, **more)
-    return file.getvalue()
-
-
 BAD_LINES = [("nan,3\n5,6", 1), ("\n\n# x\n5,6\n-inf,3", 5), ("1,\n5,6", 1), ("x\ty\n1\t\t2", 2)]
 BAD_LINES += [("1,2\n,", 2), ("x,y\n1,2\n\n3,x", 4), ("x,y\n1,2\nx,y", 3), ("x,1\n1,2", 1)]
 BAD_LINES += [("1,2\n3", 2), ("x,y,z\n1,2,3", 2), (",x,y\n0,1,2", 1)]  # one, three, an index
 BAD_LINES += [("x;y\n1,5;2,5", 2), ("1,5 2,5", 1)]  # decimal commas
+ARCHIVE = io.BytesIO()
+np.savez(ARCHIVE, np.ones((2, 2)))
 BAD = {  # content, and what the message says
     "missing.csv": (None, "No such file"),
     "empty.csv": (b"", "no points in"),
     "header.csv": (b"x,y\n\n", "no points in"),
     "utf16.csv": ("x,y\n1,2\n".encode("utf-16"), "utf-8", "0xff"),
-    "points.npz": (npy(np.ones((2, 2)), np.savez), "utf-8"),
-    "points_npz.npy": (npy(np.ones((2, 2)), np.savez), "not finite numbers [n, 2]"),
+    "points.npz": (ARCHIVE.getvalue(), "utf-8"),
+    "points_npz.npy": (ARCHIVE.getvalue(), "not finite numbers [n, 2]"),
     "empty.npy": (b"", "No data"),
-    "cut.npy": (npy(np.ones((2, 2)))[:-1], "read"),
-    "objects.npy": (npy(np.array([[1, Trap()]]), allow_pickle=True), "bject"),
-    "none.npy": (npy(np.zeros((0, 2))), "no points in"),
+    "cut.npy": (b"\x93NUMPY", "EOF"),
+    "objects.npy": (np.array([[1, Trap()]]), "allow_pickle"),
+    "none.npy": (np.zeros((0, 2)), "no points in"),
 }
 for k, (text, number) in enumerate(BAD_LINES):
     line = f"line {number} is {text.splitlines()[number - 1]!r}, not two finite numbers"
@@ -241,7 +220,7 @@ for k, (text, number) in enumerate(BAD_LINES):
 ARRAYS = [np.zeros((5, 3)), np.zeros(4), np.float64(3), np.zeros((3, 2), complex), np.eye(2)[None]]
 ARRAYS += [np.array([["1", "2"]]), np.ones((2, 2), bool), np.array([[1, 2], [3, np.nan]])]
 for k, array in enumerate(ARRAYS):
-    BAD[f"array{k}.npy"] = npy(array), f"{array.dtype} {array.shape}, not finite numbers [n, 2]"
+    BAD[f"array{k}.npy"] = array, f"{array.dtype} {array.shape}, not finite numbers [n, 2]"
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -249,8 +228,10 @@ def test_unusable_files_are_refused_with_what_they_hold(name, tmp_path, monkeypa
     """And a pickle is not opened."""
     monkeypatch.chdir(tmp_path)
     content, *words = BAD[name]
-    if content is not None:
+    if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
+    elif content is not None:
+        np.save(name, content)
     refuses(main, [*SMALL, "--data", name, "--out", tmp_path / "out"], f"--data {name} (", *words)
     assert {path.name for path in tmp_path.iterdir()} <= {name}
 
@@ -270,11 +251,8 @@ def untrained(folder, points):
 @given(st.floats(-1e6, 1e6), st.floats(1e-9, 1e9), st.sampled_from([[0, 1], [1, 0]]))
 @example(1.75e9, 1.0, [1, 0])  # seconds since 1970
 @example(0.0, 1e-12, [0, 1])
-def test_shift_scale_and_exchange_of_the_axes_of_a_file_are_those_of_the_samples(
-    tmp_path_factory, shift, scale, order
-):
+def test_shift_scale_and_exchange_of_the_axes_go_to_the_samples(folder, shift, scale, order):
     """The network sees the same points, or exchanged; its samples come back in the new units."""
-    folder = tmp_path_factory.getbasetemp()
     centers, samples = untrained(folder, POINTS)
     moved = ((POINTS + [shift, -shift]) * [scale, 2 * scale])[:, order]
     others, back = untrained(folder, moved)
@@ -294,39 +272,38 @@ def test_few_points_and_columns_of_one_value_are_trained(points, tmp_path):
 
 # evaluation
 def judged(data, diffusion, model, samples=None):
-    """The scores of a model and of its samples, and the points x_0 that it was judged on."""
+    """The scores of a model and of samples, its own if none are given."""
     torch.manual_seed(0)
     if samples is None:
         *_, samples = diffusion.p_sample_loop(model, torch.randn(1000, 2))
     torch.manual_seed(1)
-    metrics = ddpm_2d.evaluate(diffusion, model, data, samples)
-    torch.manual_seed(1)
-    return metrics, data.sample(512)
+    return ddpm_2d.evaluate(diffusion, model, data, samples)
 
 
 def test_exact_model_gets_perfect_scores(toys):
     """excess_loss is 0 only if both are judged on the same x_0 and noise. The unit is a nat."""
     data, diffusion = toys["8gaussians"], Diffusion(linear_schedule(200))
     model = partial(data.ideal_eps, diffusion)
-    metrics, x0 = judged(data, diffusion, model)
+    metrics = judged(data, diffusion, model)
     assert metrics["excess_loss"] == 0 and metrics["bound_nats"] == metrics["ideal_bound_nats"]
-    assert metrics["off_support"] < 0.01
-    entropy = -density(*data).log_prob(x0.double()).mean().item()
+    torch.manual_seed(1)
+    entropy = -density(*data).log_prob(data.sample(512).double()).mean().item()
     assert metrics["entropy_nats"] == pytest.approx(entropy, abs=2e-4)
     assert metrics["bound_nats"] - entropy == pytest.approx(1.04, abs=0.1)  # 0.24 with T = 1000
-    metrics, _ = judged(data, diffusion, model, data.sample(100_000))
+    assert metrics["off_support"] < 0.01
+    metrics = judged(data, diffusion, model, data.sample(100_000))
     assert metrics["off_support"] == pytest.approx(0.001, abs=0.001)
 
 
 def test_useless_models_get_bad_scores(toys):
     """eps = 0 has E[eps^2] = 1 and samples far off; eps = noise x_t draws from N(0, I)."""
     data, diffusion = toys["8gaussians"], Diffusion(linear_schedule(21))
-    metrics, _ = judged(data, diffusion, lambda xt, t: 0 * xt)
+    metrics = judged(data, diffusion, lambda xt, t: 0 * xt)
     assert abs(metrics["loss"] - 1) < 6 * math.sqrt(2 / (512 * 2 * 21))
     relative = metrics["loss"] / metrics["ideal_loss"] - 1  # the difference is below 1
     assert metrics["excess_loss"] == pytest.approx(relative, abs=2e-3) and relative > 2
     assert metrics["off_support"] > 0.9
-    metrics, _ = judged(data, diffusion, lambda xt, t: diffusion.noise[t, None] * xt)
+    metrics = judged(data, diffusion, lambda xt, t: diffusion.noise[t, None] * xt)
     assert 0.5 < metrics["off_support"] < 0.95
     assert metrics["bound_nats"] > metrics["ideal_bound_nats"] + 1
 
@@ -343,17 +320,15 @@ def test_training_obeys_its_flags_and_shows_the_mean_of_the_last_100_losses(tmp_
             seen.append((len(xt), self.bias[0].item()))
             return self.bias + 1000 + 0 * xt
 
-    flags = "--steps 130 --batch-size 7 --lr 0.3 --T 50"
-    diffusion, _, data, *budget = built(tmp_path, *flags.split())
+    flags = "--steps 130 --batch-size 7 --lr 0.3 --T 50".split()
+    diffusion, _, data, *budget = built(tmp_path, *flags)
     assert diffusion.beta[1:] == linear_schedule(50).tolist()
     losses = ddpm_2d.train(diffusion, Probe(2, 2), data, *budget)
     sizes, bias = zip(*seen, strict=True)
     moves = -np.diff(bias)
     assert sizes == (7,) * 130 and moves[0] == pytest.approx(0.3, rel=0.05)
     assert (np.diff(moves) < 0).all() and 0 < moves[-1] < 0.01
-    assert (
-        texts[0] == f"loss {losses[0]:.3f}" and texts[129] == f"loss {sum(losses[30:]) / 100:.3f}"
-    )
+    assert [texts[0], texts[129]] == [f"loss {losses[0]:.3f}", f"loss {sum(losses[30:]) / 100:.3f}"]
 
 
 DEFAULTS = {"data": "8gaussians", "steps": "4000", "batch-size": "1024", "lr": "0.005"}
@@ -405,23 +380,20 @@ def test_saved_model_is_the_trained_one_and_every_sample_has_the_units_of_the_da
     centers = (TOYS[saved["data"]] - saved["mean"]) / saved["std"]
     torch.testing.assert_close(centers.float(), data.centers)
     assert len(states) == saved["T"] + 1 and len(saved["losses"]) == 400
-    again = ddpm_2d.evaluate(
-        Diffusion(linear_schedule(saved["T"])), net, Mixture(data.centers, saved["sigma"]), judged
-    )
+    diffusion = Diffusion(linear_schedule(saved["T"]))
+    again = ddpm_2d.evaluate(diffusion, net, Mixture(centers.float(), saved["sigma"]), judged)
     assert again["loss"] == pytest.approx(metrics["loss"], rel=0.1)
-    assert again["off_support"] == pytest.approx(metrics["off_support"], abs=0.01)
     want = judged.double() * saved["std"] + saved["mean"]
     assert torch.equal(torch.from_numpy(samples), want) and torch.equal(judged[:4000], states[-1])
 
 
 @pytest.mark.parametrize("T", [21, 1000])
-def test_every_panel_shows_the_state_of_its_title_and_has_room_for_all_sets(T, tmp_path, toys):
+def test_every_panel_shows_the_state_of_its_title_and_has_room(T, toys, folder, monkeypatch):
     figure = ddpm_2d.Figure(figsize=(13, 5), layout="constrained")
+    monkeypatch.setattr(ddpm_2d, "Figure", lambda **more: figure)
     data, diffusion = Mixture(torch.tensor([[5.0, 5.0]]), 0.0), Diffusion(linear_schedule(T))
     states = [torch.full((9, 2), float(t)) for t in range(T, -1, -1)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ddpm_2d, "Figure", lambda **more: figure)
-        ddpm_2d.draw(tmp_path / "process.png", diffusion, data, states)
+    ddpm_2d.draw(folder / "process.png", diffusion, data, states)
     seen = {"q": [], "p": []}
     for ax in figure.axes:
         name, t = ax.get_title().split(", t = ")
@@ -471,16 +443,14 @@ def test_scores_of_a_broken_network_are_written_as_null(tmp_path, monkeypatch):
     assert written["off_support"] == 1 and written["ideal_loss"] > 0
 
 
-def test_many_samples_need_little_memory(tmp_path):
-    """Of a network of nothing. Their density at 1,200 centers at once would take 2.5 GB."""
-    code = """import resource, sys, ddpm_2d
-ddpm_2d.NoisePredictor.forward = lambda net, xt, t: xt + 0 * net.out.bias
-ddpm_2d.main(sys.argv[1:])
+def test_scores_of_many_samples_need_little_memory():
+    """All densities of 100,000 samples and 1,200 centers at once take 1.3 GB, in parts 0.5."""
+    code = """import resource, torch, ddpm_2d as d
+data = d.Mixture(d.TOYS["moons"].float(), 0.08)
+d.evaluate(d.Diffusion(d.linear_schedule(21)), lambda xt, t: xt, data, torch.randn(100_000, 2))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
-    flags = ["--samples", "200000", "--data", "moons", "--out", str(tmp_path)]
-    command = [sys.executable, "-c", code, *SMALL, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout.split()[-1]) < 1.2e6  # kB
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 0.8e6  # kB
 
 
 def test_program_leaves_its_files_and_a_device_gives_the_same_numbers(tmp_path):
