@@ -11,7 +11,6 @@ from PIL import Image
 import ddpm_2d
 from benchmarks import judge_2d
 from ddpm_2d import Diffusion, Mixture, NoisePredictor, linear_schedule
-from ddpm_mnist import cosine_schedule
 
 TINY = ["--steps", "20", "--T", "40", "--samples", "200", "--batch-size", "64"]
 SMALL = ["--grid", "12", "--points", "64"]
@@ -24,22 +23,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def gaussian_run(sigma, other, T, schedule):
-    """A run on a Gaussian of deviation sigma, whose network is the best possible one of another."""
-    diffusion = Diffusion(schedule(T))
-    data = Mixture(torch.tensor([[0.4, -0.2]]), sigma)
-    net = partial(data._replace(sigma=other).ideal_eps, diffusion)
-    return judge_2d.Run(diffusion, net, data, "one", [1.0], data.sample(2000))
-
-
 def test_sliced_wasserstein_of_a_shift_is_its_mean_projection():
     cloud = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
     shifted = cloud + torch.tensor([3.0, 4.0])
     distance = judge_2d.sliced_wasserstein(cloud, shifted.flip(0))
     assert distance == pytest.approx(5 * 2 / math.pi, rel=1e-3)  # E|cos| around the circle
     assert judge_2d.sliced_wasserstein(cloud, cloud.flip(0)) < 1e-9
-    shifted[7, 0] = math.inf  # NaN is in another test
-    assert math.isnan(judge_2d.sliced_wasserstein(cloud, shifted))
 
 
 def test_swd_ratio_is_one_for_true_samples_in_the_units_of_the_file(folder):
@@ -48,6 +37,7 @@ def test_swd_ratio_is_one_for_true_samples_in_the_units_of_the_file(folder):
     torch.manual_seed(0)
     run = judge_2d.read_run(folder)
     torch.testing.assert_close(run.data.centers.square().mean(0) + run.data.sigma**2, torch.ones(2))
+    torch.testing.assert_close(run.data.centers, judge_2d.toy_data("8gaussians").centers)
     true = run.data.sample(2000)
     torch.save(saved, folder / "model.pt")
     for x, low, high in ((true, 0.3, 3), (1.5 * true, 5, 100), (true + 0.5, 5, 100)):
@@ -67,7 +57,6 @@ def test_coverage_sees_a_lost_mode_and_off_support_does_not():
 
 
 def test_divergence_is_the_trace_of_the_jacobian_of_a_network():
-    torch.manual_seed(0)
     net = NoisePredictor(40)
     torch.nn.init.normal_(net.out.weight)
     x = torch.randn(9, 2)
@@ -79,20 +68,23 @@ def test_divergence_is_the_trace_of_the_jacobian_of_a_network():
     torch.testing.assert_close(values, function(x))
 
 
-@pytest.mark.parametrize("schedule", [cosine_schedule, linear_schedule])
 @pytest.mark.parametrize("sigma, other, T", [(0.1, 0.1, 1000), (1.5, 1.2, 1000), (0.1, 0.15, 40)])
-def test_kl_and_excess_loss_of_the_best_and_of_a_wrong_model(sigma, other, T, schedule, tmp_path):
+def test_kl_and_excess_loss_of_the_best_and_of_a_wrong_model(sigma, other, T, tmp_path):
+    """A Gaussian of deviation sigma; the model is the best possible one of another."""
     torch.manual_seed(0)
-    run = gaussian_run(sigma, other, T, schedule)
-    beta = run.diffusion.beta[1]
+    diffusion = Diffusion(linear_schedule(T))
+    data = Mixture(torch.tensor([[0.4, -0.2]]), sigma)
+    net = partial(data._replace(sigma=other).ideal_eps, diffusion)
+    run = judge_2d.Run(diffusion, net, data, "one", [1.0], None)
+    beta = diffusion.beta[1]
     ratio = ((1 - beta) * sigma**2 + beta) / ((1 - beta) * other**2 + beta)  # of variances of x_1
     want = ratio - 1 - math.log(ratio)  # of two round Gaussians in the plane
-    kl, error = judge_2d.kl_nats(run, run.net, 3000)
+    kl, error = judge_2d.kl_nats(run, net, 3000)
     assert kl == pytest.approx(want, abs=4 * error + 0.01) and error < max(0.002, want / 10)
     numbers = judge_2d.draw_density(tmp_path / "x.png", run, 40, kl, error)
     assert numbers["model_mass"] == pytest.approx(1, abs=0.03)
     assert numbers["grid_kl_nats"] == pytest.approx(kl, abs=4 * error + 0.01)
-    signal2 = run.diffusion.alpha_bar[T // 3]
+    signal2 = diffusion.alpha_bar[T // 3]
     noise2 = 1 - signal2
     var = signal2 * sigma**2 + noise2
     best, excess = judge_2d.errors_at(run, T // 3)
@@ -127,15 +119,13 @@ def test_what_is_not_finite_is_null_and_still_drawn(folder):
     assert {path.name for path in folder.glob("*.png")} == PICTURES
 
 
-@pytest.mark.parametrize("count", [1, 50])
-def test_own_points_get_two_pictures_and_a_sentence(count, tmp_path, capsys, refuses):
-    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(count, 2)))
+def test_own_points_get_two_pictures_and_a_sentence(tmp_path, capsys, refuses):
+    np.save(tmp_path / "x.npy", np.ones((1, 2)))  # a single one has swd 0 from itself
     ddpm_2d.main([*TINY, "--data", str(tmp_path / "x.npy"), "--out", str(tmp_path)])
     (numbers,) = judge_2d.main([str(tmp_path), *SMALL]).values()
     assert "not known" in capsys.readouterr().out
-    assert not {"kl_nats", "excess_loss", "model_mass"} & numbers.keys()
-    drawn = {path.name for path in tmp_path.iterdir() if path.suffix in (".png", ".gif")}
-    assert drawn == {"process.png", "training.png", "sampling.gif"}
+    assert not {"kl_nats", "excess_loss", "model_mass", "coverage"} & numbers.keys()
+    assert {*tmp_path.glob("*.png")} == {tmp_path / "process.png", tmp_path / "training.png"}
     (tmp_path / "x.npy").unlink()
     refuses(judge_2d.main, [tmp_path], "x.npy")
 
