@@ -68,6 +68,8 @@ def test_toy_sets_are_standardised_mixtures_of_known_density(toys, name):
     x = data.sample(100_000)
     assert x.shape == (100_000, 2) and x.dtype == torch.float32 and data.sigma == 0.08
     assert within_six_errors(x, 0) and within_six_errors(x**2, 1)
+    others = density(*data).sample((5000,)).float()
+    assert within_six_errors(data.log_prob(x[:5000]) - data.log_prob(others), 0)
     x = torch.cat([x[:50], torch.randn(50, 2)])
     want = density(*data).log_prob(x.double()).float()
     torch.testing.assert_close(data.log_prob(x), want, rtol=1e-4, atol=1e-2)
@@ -306,6 +308,9 @@ def test_useless_models_get_bad_scores(toys):
     metrics = judged(data, diffusion, lambda xt, t: diffusion.noise[t, None] * xt)
     assert 0.5 < metrics["off_support"] < 0.95
     assert metrics["bound_nats"] > metrics["ideal_bound_nats"] + 1
+    metrics = judged(data, diffusion, lambda xt, t: xt * math.nan)
+    assert metrics["loss"] is metrics["bound_nats"] is metrics["excess_loss"] is None  # null
+    assert metrics["off_support"] == 1 and metrics["ideal_loss"] > 0
 
 
 # from flags to files
@@ -430,19 +435,6 @@ def test_loss_that_is_not_finite_ends_and_keeps_the_old_model(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"model.pt": b"old"}
 
 
-def strict(text):
-    """JSON by its standard, which has no NaN."""
-    return json.loads(text, parse_constant=lambda name: pytest.fail(name))
-
-
-def test_scores_of_a_broken_network_are_written_as_null(tmp_path, monkeypatch):
-    monkeypatch.setattr(NoisePredictor, "forward", lambda net, xt, t: xt * math.nan)
-    run(tmp_path, train=lambda *args: [0.0], **NO_PICTURE)
-    written = strict((tmp_path / "metrics.json").read_text())
-    assert written["loss"] is written["bound_nats"] is written["excess_loss"] is None
-    assert written["off_support"] == 1 and written["ideal_loss"] > 0
-
-
 def test_scores_of_many_samples_need_little_memory():
     """All densities of 100,000 samples and 1,200 centers at once take 1.3 GB, in parts 0.5."""
     code = """import resource, torch, ddpm_2d as d
@@ -460,6 +452,7 @@ def test_program_leaves_its_files_and_a_device_gives_the_same_numbers(tmp_path):
     here = tmp_path / "runs" / "ddpm_2d"
     files = {here / name for name in ("metrics.json", "model.pt", "process.png", "samples.npy")}
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == files
+    strict = partial(json.loads, parse_constant=pytest.fail)  # NaN is no JSON
     written = strict((here / "metrics.json").read_text())
     assert strict(done.stdout) == written
     with pretend_device() as device, pytest.MonkeyPatch.context() as patch:
@@ -471,11 +464,5 @@ def test_program_leaves_its_files_and_a_device_gives_the_same_numbers(tmp_path):
     assert there["device"] == device and there.keys() == written.keys()
     assert {key: written[key] for key in metrics} == pytest.approx(metrics, rel=1e-4, abs=2e-4)
     np.testing.assert_allclose(np.load(here / "samples.npy"), samples, rtol=1e-3, atol=1e-3)
-
-
-def test_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):
-    """Also in the samples, each of them."""
-    results = [run(tmp_path, "--seed", seed, **NO_PICTURE) for seed in (3, 3, 4)]
-    (first, x), (second, y), (other, z) = results
-    assert first == second and (x == y).all()
-    assert first["loss"] != other["loss"] and not np.isclose(x, z).all(1).any()
+    another, other = run(tmp_path, "--seed", 1, **NO_PICTURE)
+    assert metrics["loss"] != another["loss"] and not np.isclose(samples, other).all(1).any()
