@@ -72,7 +72,7 @@ def test_recipe_load_a_model_of_points_and_ddim(recipe, points_model):
     assert all(torch.equal(saved[key], w) for key, w in second["net"].state_dict().items())
     for names in (first, second):
         z = (names["points"] - torch.tensor([1100, 16 / 3])) / torch.tensor([81.65, 0.4714])
-        assert z.shape == (200, 2) and z.mean().abs() < 0.5 and z.std().sub(1).abs() < 0.5
+        assert z.shape == (200, 2) and (z.std(0) - 1).abs().max() < 0.5 > z.mean().abs()
         assert names["diffusion"].alpha_bar[50] == pytest.approx(7.68e-6, rel=0.01)
 
 
