@@ -76,15 +76,15 @@ class Diffusion(nn.Module):
 
 def denoiser(net, diffusion, y, guidance=1.0):
     """Turns a network of v and labels y [B] into the model (x_t, t) -> eps of a sampler. Guidance
-    is 1 + w of Ho & Salimans 2022, Eq. (6), the same on v as on eps: 1 is off, 0 ignores y.
-    No error of v is divided by signal, 5e-5 at t = T. x_0 is clipped, as in the code of DDPM."""
+    is 1 + w of Ho & Salimans 2022, Eq. (6), the same on v, affine in eps: 1 is off, 0 ignores y.
+    The sampler gets this x_0 back from eps, so no error of v is divided by signal, 5e-5 at T."""
 
     def model(xt, t):
         v = net(xt, t, y)
         v = v if guidance == 1 else torch.lerp(net(xt, t), v, guidance)  # > 1 goes beyond v
         signal = diffusion.signal[t, None, None, None]  # [B, 1, 1, 1]
         noise = diffusion.noise[t, None, None, None]
-        x0 = (signal * xt - noise * v).clamp(-1, 1)
+        x0 = (signal * xt - noise * v).clamp(-1, 1)  # clipped, as in the code of DDPM
         return (xt - signal * x0) / noise  # Eq. (4) solved for eps
 
     return model
@@ -166,14 +166,14 @@ def load_images(path):
 
 
 def train(args, diffusion, net, x, y, saved):
-    """Algorithm 1 for v, one label in ten not told. Returns an average over steps / 20 weights."""
+    """Algorithm 1 for v, one label in ten not told. Returns a moving average of steps / 20 weights."""
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / (1 + args.steps / 20)))
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99))
     parts = {"net": net, "ema": average.module, "optimizer": optimizer}
     file = args.out / "model.part"
     losses = saved["losses"]  # the same list: what is appended here is saved below
     if args.resume:
-        average.n_averaged += len(losses)  # ema is the module alone; at 0, net is copied
+        average.n_averaged += len(losses)  # not in ema; at 0 the next update copies net
         for name, part in parts.items():
             part.load_state_dict(saved.pop(name))  # frees memory
     learner = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
@@ -184,7 +184,7 @@ def train(args, diffusion, net, x, y, saved):
             pick = torch.randint(len(x), (args.batch_size,))
             x0 = x[pick].to(args.device) / 127.5 - 1  # [B, C, H, W]
             label = y[pick].masked_fill(torch.rand(len(pick)) < 0.1, net.classes).to(args.device)
-            u = (torch.arange(1, len(x0) + 1) - torch.rand(1)) / len(x0)  # evenly spaced in (0, 1]
+            u = (torch.arange(1, len(x0) + 1) - torch.rand(1)) / len(x0)  # in (0, 1], even: less noise
             t = (diffusion.T * u.sqrt()).ceil().long().to(args.device)  # P(t <= k) = (k / T)^2
             eps = torch.randn_like(x0)
             v = learner(diffusion.q_sample(x0, t, eps), t, label)
