@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 
 def linear_schedule(T):
-    """beta_1..beta_T [T] of Ho et al., times 1000 / T: noise for any T, and beta < 1 for T > 20."""
+    """beta_1..beta_T [T] of Ho et al. times 1000 / T: x_T is noise for any T; beta < 1 if T > 20."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 
 
@@ -71,8 +71,8 @@ class Diffusion(nn.Module):
     @torch.no_grad()
     def variational_bound(self, model, x0, seed=0):
         """L_0, ..., L_T of Eq. (5) [T + 1] in nats a point, and Eq. (14) at t = 1, ..., T [T], for
-        points x0 [B, d]. sigma_t^2 is beta-tilde_t; at t = 1, where that is 0, it is beta_1, and
-        the sampler shows the mean. The same seed gives two models the same noise to compare."""
+        points x0 [B, d]. sigma_t^2 is beta-tilde_t, but beta_1 at t = 1, where beta-tilde_1 = 0 has
+        no density (the sampler shows the mean). The same seed gives two models the same noise."""
         d = x0.shape[1]
         generator = torch.Generator(x0.device).manual_seed(seed)
         loss = torch.zeros(self.T + 1, dtype=torch.float64)
@@ -100,7 +100,7 @@ class NoisePredictor(nn.Module):
 
     def __init__(self, T, width=128, layers=3):
         super().__init__()
-        self.time_freq = nn.Buffer(1000 / T * 10_000 ** (-torch.arange(16) / 16))  # t in 0..1000
+        self.time_freq = nn.Buffer(1000 / T * 10_000 ** (-torch.arange(16) / 16))  # t as 0..1000
         self.point_freq = nn.Buffer(2 * torch.randn(2, 32))  # 2: how fine the features are
         self.inp = nn.Linear(2 + 2 * (32 + 16), width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
@@ -133,7 +133,7 @@ class Mixture(NamedTuple):
 
     def ideal_eps(self, diffusion, xt, t):
         """E[eps | x_t] [n, 2] at steps t [n], the prediction with the least expected error."""
-        signal = diffusion.signal[t, None]  # [n, 1]
+        signal = diffusion.signal[t, None]  # [n, 1]; by row, so points are scaled, not centers
         noise = diffusion.noise[t, None]
         var = (signal * self.sigma) ** 2 + noise**2  # of x_t around signal * center
         distance = signal * torch.cdist(xt / signal, self.centers)  # |x_t - signal * center| [n, m]
@@ -148,7 +148,7 @@ def polar(radius, turns):
 
 
 u = (torch.arange(600, dtype=torch.float64) + 0.5) / 600  # evenly spread over 0..1
-arm = polar(u.sqrt(), 1.5 * u.sqrt())  # the root spreads it evenly
+arm = polar(u.sqrt(), 1.5 * u.sqrt())  # length ~ angle^2, so the root spaces evenly
 grid = (torch.arange(40, dtype=torch.float64) + 0.5) / 10  # evenly spread over 0..4
 board = torch.cartesian_prod(grid, grid)  # [1600, 2]
 TOYS = {  # the centers of the Gaussians [m, 2]
@@ -162,9 +162,9 @@ TOYS = {  # the centers of the Gaussians [m, 2]
 
 
 def read_points(path):
-    """Two columns of a text or .npy file: float64 [n, 2]. Raises OSError, ValueError, EOFError."""
+    """Two columns of numbers in a text or .npy file: float64 [n, 2]. Raises OSError, ValueError."""
     if str(path).endswith(".npy"):
-        points = np.asarray(np.load(path))  # of an .npz: an object, refused below
+        points = np.lib.format.open_memmap(path, mode="r")  # np.load opens zips, too
     else:
         points = []
         for number, line in enumerate(Path(path).read_text("utf-8-sig").splitlines(), 1):
@@ -174,7 +174,7 @@ def read_points(path):
             try:
                 point = [float(cell) for cell in cells]
             except ValueError:
-                point = []
+                point = []  # not numbers (nan is one): a header, if above all points
             header = not points and not point and all(any(map(str.isalpha, cell)) for cell in cells)
             if len(point) == 2 and all(abs(value) < np.inf for value in point):
                 points.append(point)
@@ -213,8 +213,8 @@ def evaluate(diffusion, net, data, samples):
     and for toy sets, whose density is known:
     ideal_...     the same of the best possible prediction, on the same x_0 and noise
     excess_loss   loss / ideal_loss - 1: at least 0, but for the chance of 512 points
-    entropy_nats  the mean of -log q(x_0): no bound is below it
-    off_support   share of samples less likely than 99.9 % of the data, which itself get 0.001"""
+    entropy_nats  the mean of -log q(x_0): a floor of the bounds, but for the same chance
+    off_support   share of samples less likely than 99.9 % of the data; true points get 0.001"""
     x0 = data.sample(512)
     terms, loss = diffusion.variational_bound(net, x0)
     metrics = {"loss": loss.mean(), "bound_nats": terms.sum()}
@@ -268,13 +268,13 @@ def main(argv=()):
         points = TOYS[args.data] if sigma else read_points(args.data)
         checked = f"--out {args.out}"
         args.out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError) as error:
         parser.error(f"{checked}: {error}")
 
     torch.manual_seed(args.seed)
     mean = points.mean(0)
     std = points.std(0, correction=0).masked_fill(points.amin(0) == points.amax(0), 1)
-    std = std / (1 - sigma**2) ** 0.5  # so that data, centers and noise, have variance 1
+    std = std / (1 - sigma**2) ** 0.5  # centers get variance 1 - sigma^2, data 1
     data = Mixture(((points - mean) / std).float().to(args.device), sigma)
     diffusion = Diffusion(linear_schedule(args.T)).to(args.device)
     net = NoisePredictor(args.T).to(args.device)

@@ -166,7 +166,7 @@ def load_images(path):
 
 
 def train(args, diffusion, net, x, y, saved):
-    """Algorithm 1 for v, one label in ten not told. Returns a moving average of steps / 20 weights."""
+    """Algorithm 1 for v, a tenth of labels not told. Returns an average of steps / 20 weights."""
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / (1 + args.steps / 20)))
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99))
     parts = {"net": net, "ema": average.module, "optimizer": optimizer}
@@ -184,7 +184,7 @@ def train(args, diffusion, net, x, y, saved):
             pick = torch.randint(len(x), (args.batch_size,))
             x0 = x[pick].to(args.device) / 127.5 - 1  # [B, C, H, W]
             label = y[pick].masked_fill(torch.rand(len(pick)) < 0.1, net.classes).to(args.device)
-            u = (torch.arange(1, len(x0) + 1) - torch.rand(1)) / len(x0)  # in (0, 1], even: less noise
+            u = (torch.arange(1, len(x0) + 1) - torch.rand(1)) / len(x0)  # even: less noise
             t = (diffusion.T * u.sqrt()).ceil().long().to(args.device)  # P(t <= k) = (k / T)^2
             eps = torch.randn_like(x0)
             v = learner(diffusion.q_sample(x0, t, eps), t, label)
