@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 
 def linear_schedule(T):
-    """beta_1..beta_T [T] of Ho et al. times 1000 / T: x_T is noise for any T; beta < 1 if T > 20."""
+    """The beta_t [T] of Ho et al. times 1000 / T: x_T is noise at any T, and beta < 1 if T > 20."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 
 
