@@ -33,7 +33,7 @@ from torch.testing import assert_close
 import ddpm_mnist
 from ddpm_mnist import Diffusion, UNet, cosine_schedule, denoiser
 
-WEIGHTS_ERROR = 0.105  # of v, mean squared, on the digits of test_committed_weights_...
+WEIGHTS_ERROR = 0.06448  # mean squared, of v, in test_committed_weights_...
 DEFAULTS = {"data": ddpm_mnist.MNIST, "steps": 4000, "batch_size": 64, "width": 32, "lr": 2e-3}
 DEFAULTS |= {"samples": 100, "label": None, "sample_steps": 50, "eta": 1.0, "guidance": 1.0}
 DEFAULTS |= {"seed": 0, "device": "cpu", "out": Path("runs/ddpm_mnist"), "load": None}
@@ -43,7 +43,7 @@ SCRIPT = Path(ddpm_mnist.__file__)
 FILES = {"labels.npy", "model.pt", "samples.npy", "samples.png"}
 TINY = "--steps 1 --batch-size 4 --samples 3 --sample-steps 1".split()
 RUN = "--steps 102 --batch-size 8 --lr 5e-3 --samples 8 --sample-steps 5".split()
-leaves_files_open = pytest.mark.filterwarnings("ignore::ResourceWarning")  # numpy, urllib, failing
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # numpy, urllib, failing
 
 
 def pixels(*shape):
@@ -117,11 +117,9 @@ def test_committed_digits_are_those_of_the_original_files():
     assert hashlib.sha256(b"".join(map(bytes, originals))).hexdigest() == digest
     assert np.array_equal(x[:, 0], originals[0]) and np.array_equal(y, originals[1])
     assert labels == list(range(10))
-    digest = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"  # Keras's file
-    assert ddpm_mnist.SHA256 == digest and ddpm_mnist.URL.endswith("tf-keras-datasets/mnist.npz")
+    assert ddpm_mnist.SHA256.startswith("731c5ac602752760c8e48fbf")  # of Keras's file
 
 
-@leaves_files_open
 def test_digits_are_downloaded_once_or_refused_in_one_line(
     server, data, small, refuses, tmp_path, capsys, monkeypatch
 ):
@@ -135,10 +133,10 @@ def test_digits_are_downloaded_once_or_refused_in_one_line(
             main("--out", tmp_path / "out")
         line = capsys.readouterr().err.rstrip().splitlines()[-1]
         assert "error: " in line and str(ddpm_mnist.MNIST) in line
-    for other in (tmp_path / "mnist.npz", tmp_path / "sub" / "mnits.npz"):
-        refuses(ddpm_mnist.main, [*TINY, "--data", other, "--out", tmp_path / "out"], other)
-    assert files(tmp_path) == {} and not (tmp_path / "out").exists()
     monkeypatch.setattr(ddpm_mnist, "URL", f"{server}/mine.npz")
+    other = tmp_path / "sub" / "mnits.npz"
+    refuses(ddpm_mnist.main, [*TINY, "--data", other, "--out", tmp_path / "out"], other)
+    assert files(tmp_path) == {} and not (tmp_path / "out").exists()
     for times in (1, 0):
         main("--out", tmp_path / "out")
         assert capsys.readouterr().out.count(f"{ddpm_mnist.MNIST} is missing: downl") == times
@@ -147,11 +145,12 @@ def test_digits_are_downloaded_once_or_refused_in_one_line(
     gc.collect()
 
 
-NUMBERS = st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1)
-WORDS = st.lists(st.text("bcé猫 _0", min_size=1), min_size=1)
-
-
-@given(st.sampled_from([(4, 4), (8, 4, 1), (4, 12, 3)]), NUMBERS | WORDS, st.booleans())
+@given(
+    st.sampled_from([(4, 4), (8, 4, 1), (4, 12, 3)]),
+    st.lists(st.integers(-99, 99), min_size=1) | st.lists(st.text("bcé猫 _0"), min_size=1),
+    st.booleans(),
+)
+@example((4, 4), [2**63 - 1, -(2**63), 0], False)
 def test_every_image_keeps_its_pixels_and_its_label(shape, words, column):
     """Labels may be any integers or words, [n] or [n, 1]."""
     images = pixels(len(words), *shape)
@@ -190,8 +189,7 @@ def test_own_images_are_trained_and_drawn(x, y, width, tmp_path):
     assert images.dtype == np.uint8 and images.shape == (30, H, W, C)
     assert np.load(tmp_path / "out" / "labels.npy").tolist() == (30 * labels)[:30]
     sheet = imread(tmp_path / "out" / "samples.png")
-    assert sheet.shape == (3 * H, 10 * W, 4)
-    assert np.ptp(sheet[..., :3], axis=-1).any() == (C == 3)  # in colour
+    assert sheet.shape == (3 * H, 10 * W, 4) and np.ptp(sheet[..., :3], axis=-1).any() == (C == 3)
     main("--load", tmp_path / "out" / "model.pt", "--label", labels[0], "--out", tmp_path / "one")
     assert np.load(tmp_path / "one" / "labels.npy").tolist() == [labels[0]] * 3
 
@@ -205,7 +203,6 @@ WRONG += [(X / 255, Y, "float64"), (X.astype(np.uint16), Y, "uint16"), (X, Y[:5]
 WRONG += [(X, Y / 1, "float64"), (X, X[:, :2, 0], "(6, 2)"), (X, Y > 2, "bool")]
 
 
-@leaves_files_open
 def test_wrong_files_are_refused_with_what_was_found_and_is_wanted(data, refuses, tmp_path):
     whole = data.read_bytes()
     contents = {"empty": b"", "text": b"images\n", "cut": whole[: len(whole) // 2], "x": whole[:9]}
@@ -218,28 +215,22 @@ def test_wrong_files_are_refused_with_what_was_found_and_is_wanted(data, refuses
     np.savez(tmp_path / "objects.npz", x_train=np.array([X, None], dtype=object))
     (tmp_path / "folder.npz").mkdir()
     words = {path: [] for path in [*tmp_path.iterdir(), tmp_path / "missing.npz"]}
-    words |= {tmp_path / "a.npy": ["an .npz file"], tmp_path / "names.npz": ["x_train"]}
     for k, (x, y, found) in enumerate(WRONG):
         path = npz(tmp_path / f"{k}.npz", x_train=x, y_train=y)
         words[path] = [found, "uint8 [n, H, W]", "by 4"]
     for path in words:
         flags = ["--data", path, "--out", tmp_path / "out"]
-        refuses(ddpm_mnist.main, [*TINY, *flags], f"--data {path}", *words[path])
+        refuses(ddpm_mnist.main, [*TINY, *flags], f"--data {path}, an .npz file: ", *words[path])
     assert not (tmp_path / "out").exists()
     gc.collect()
 
 
-def unet(*args):
+def test_output_depends_on_every_parameter_and_image_time_and_label_alone():
     torch.manual_seed(0)
-    net = UNet(*args)
+    net = UNet()
     with torch.no_grad():
         for p in net.parameters():
-            p.add_(0.05 * torch.randn_like(p))  # away from the zero-initialised output
-    return net
-
-
-def test_output_depends_on_every_parameter_and_image_time_and_label_alone():
-    net = unet()
+            p.add_(0.05 * torch.randn_like(p))  # away from its beginning with zeros
     x = torch.randn(5, 1, 28, 28)
     t = torch.tensor([1, 10, 20, 30, 40])
     y = torch.tensor([0, 1, 2, 9, 8])
@@ -253,30 +244,29 @@ def test_output_depends_on_every_parameter_and_image_time_and_label_alone():
         assert p.grad is not None and p.grad.abs().max() > 0, name
 
 
-def test_network_begins_with_one_v_for_all_images_and_blocks_that_are_their_skips():
+def test_network_begins_with_blocks_that_are_their_skips_and_one_v_for_all_images():
     x = torch.randn(4, 64, 8, 8)
-    out = UNet(3, 10, 64).head(x)
-    assert_close(out, out[:1, :, :1, :1].expand_as(out))
     block = ddpm_mnist.ResBlock(64, 128)
-    assert_close(
-        block(x, x[:, 0, :2, 0].repeat(1, 64)), block.skip(x) + block.conv2.bias.view(-1, 1, 1)
-    )
+    added = block(x, x.view(-1, 128)[:4]) - block.skip(x)
+    for out in (added, UNet(3, 10, 64).head(x)):
+        assert_close(out, out[:1, :, :1, :1].expand_as(out), rtol=0, atol=1e-5)
 
 
 def test_committed_weights_have_the_error_they_were_published_with():
-    """On 64 test digits, to 1 %: so any other network, or the weights of another step, are seen."""
+    """On 64 test digits, at t where they take shape. Within 0.5 %, so that no part of the network
+    can go: without the skip connection from h3 it is off by 1.6 %, without attention by 3.3 %."""
     net = UNet()
     net.load_state_dict(torch.load(SCRIPT.parent / "weights" / "ddpm_mnist.pt")["ema"])
     with np.load(ddpm_mnist.MNIST) as arrays:
         x0 = torch.from_numpy(arrays["x_test"][:64, None]) / 127.5 - 1
         y = torch.from_numpy(arrays["y_test"][:64]).long()
     diffusion = Diffusion(cosine_schedule(1000))
-    t = torch.linspace(1, 1000, 64).long()
+    t = torch.linspace(400, 700, 64).long()
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         v = net(diffusion.q_sample(x0, t, eps), t, y)
-    error = mse_loss(v, diffusion.velocity(x0, t, eps)).item()
-    assert error == pytest.approx(WEIGHTS_ERROR, rel=0.01)
+    error = mse_loss(v, diffusion.velocity(x0, t, eps))
+    assert error.item() == pytest.approx(WEIGHTS_ERROR, rel=0.005)
 
 
 @pytest.mark.parametrize("guidance", [0, 0.5, 1, 4])
@@ -422,17 +412,14 @@ def test_bar_shows_the_mean_of_the_last_100_losses(data, small, tmp_path, monkey
     assert len({f"{x:.3f}" for x in (losses[-1], np.mean(losses), np.mean(losses[-100:]))}) == 3
 
 
-@pytest.mark.parametrize("fault", ["loss", "gradient"])
-def test_nan_ends_the_run_and_leaves_the_checkpoint(fault, copy, data, monkeypatch):
-    """Also one that is only in the gradient."""
-
-    def broken(*args):
-        error = mse_loss(*args)
-        return error * math.nan if fault == "loss" else error + (error - error.detach()).sqrt()
+def test_gradient_of_nan_ends_the_run_and_leaves_the_checkpoint(copy, data, monkeypatch):
+    def finite(*args):
+        loss = mse_loss(*args)
+        return loss + (loss - loss.detach()).sqrt()  # + 0
 
     before = files(copy)
-    monkeypatch.setattr(ddpm_mnist.F, "mse_loss", broken)
-    with pytest.raises(SystemExit, match="^loss [^\n]* at step 100: [^\n]* --lr$"):
+    monkeypatch.setattr(ddpm_mnist.F, "mse_loss", finite)
+    with pytest.raises(SystemExit, match="^loss 0[^\n]* at step 100: [^\n]* --lr$"):
         main(*RUN, "--data", data, "--out", copy, "--resume")
     assert files(copy) == before
 
@@ -476,25 +463,21 @@ def test_resume_after_a_kill_equals_an_uninterrupted_run(trained, copy, data, tm
         assert files(copy) == whole and whole.keys() == FILES
         for name in FILES - {"model.pt"}:
             (copy / name).unlink()
-    losses = state["losses"]
-    assert len(losses) == 102 and np.mean(losses[-20:]) < losses[0] / 2
+    assert np.mean(state["losses"][-20:]) < state["losses"][0] / 2
 
 
-def test_resume_names_what_is_missing_or_was_other(two, data, copy, refuses, tmp_path, monkeypatch):
-    before = files(copy)
-    wide = npz(tmp_path / "wide.npz", x_train=pixels(2, 8, 12), y_train=[3, 7])
-    words = npz(tmp_path / "words.npz", x_train=pixels(2, 8, 8), y_train=["3", "7"])
-    flags = {"shape": f"--data {wide}", "labels": f"--data {words}", "processes": ""}
-    flags |= {"batch_size": "--batch-size 9", "lr": "--lr 1e-3", "width": "--width 16"}
-    flags |= {"seed": "--seed 1", "lr, seed": "--seed 1 --lr 1e-3", "steps": "--steps 103"}
+def test_resume_names_what_is_not_as_it_was(two, data, copy, refuses, tmp_path, monkeypatch):
+    torch.save({name: saved(copy)[name] for name in ("config", "ema")}, tmp_path / "model.pt")
+    wide = npz(tmp_path / "wide.npz", x_train=pixels(2, 8, 12), y_train=["3", "7"])
+    flags = {"shape, labels": f"--data {wide}", "width": "--width 16", "processes": ""}
+    flags |= {"lr, seed": "--seed 1 --lr 1e-3", "steps": "--steps 103"}
+    flags |= {"batch_size": "--batch-size 9", "": f"--out {tmp_path}"}  # weights alone
+    before = files(tmp_path)
     for names, more in flags.items():
-        argv = ["--data", data, *RUN, "--out", copy, "--resume", *more.split()]
+        argv = ["--data", data, *RUN, "--resume", "--out", copy, *more.split()]
         monkeypatch.setattr(ddpm_mnist, "WORLD", 2 if names == "processes" else 1)
-        refuses(ddpm_mnist.main, argv, f"--resume {copy / 'model.pt'}", f"other {names} than")
-    assert files(copy) == before
-    torch.save({name: saved(copy)[name] for name in ("config", "ema")}, copy / "model.pt")
-    argv = ["--data", data, *RUN, "--out", copy, "--resume"]
-    refuses(ddpm_mnist.main, argv, f"--resume {copy / 'model.pt'}", "weights alone")
+        refuses(ddpm_mnist.main, argv, "--resume", f"weights alone, or other {names} than before")
+    assert files(tmp_path) == before
 
 
 SPOIL = {  # what --load and --resume may be given by mistake
@@ -564,31 +547,27 @@ def test_pixels_are_rounded_and_clipped_and_states_are_not_kept(data, small, tmp
 
 WRONG_FLAGS = """--steps 0, --batch-size 0, --lr -1, --lr nan, --lr inf, --samples 0, --seed -1,
 --sample-steps 0, --sample-steps 1001, --eta 1.1, --eta -0.1, --eta nan, --guidance nan,
---guidance inf, --width 12, --label 77, --device gpu, --device cuda:0, --non x, --out LICENSE"""
+--guidance inf, --width 12, --label 77, --device gpu, --device cuda:0, --non x, --out /dev/null"""
 WANTED = {"--steps": "1 to", "--sample-steps": "1 to 1000", "--eta": "0 to 1", "--lr": "0 to 1000"}
 WANTED |= {"--width": "16, 32, 64, 128", "--label": "of [3, 7]", "--device": "choose from 'cpu'"}
 
 
 @pytest.mark.parametrize("flag", WRONG_FLAGS.replace("\n", " ").split(", "))
-def test_wrong_flags_are_refused_before_training(flag, data, refuses, tmp_path, monkeypatch):
-    monkeypatch.chdir(SCRIPT.parent)
+def test_wrong_flags_are_refused_before_training(flag, data, refuses, tmp_path):
     name, value = flag.split(" ")
     argv = ["--data", data, "--out", tmp_path / "out", name, value]
     refuses(ddpm_mnist.main, [*TINY, *argv], name, value, WANTED.get(name, ""))
     assert files(tmp_path) == {} and not (tmp_path / "out").exists()
 
 
-def built_for_cuda(check_available=False):
-    """What the ordinary wheel says on a machine without a GPU."""
-    return None if check_available else torch.device("cuda")
-
-
 def test_main_in_a_notebook_runs_the_defaults_which_help_shows(tmp_path, monkeypatch, capsys):
+    """On a machine without a GPU, but with the ordinary wheel, which is built for cuda."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     train = mock.Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(ddpm_mnist, "train", train)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for_cuda)
+    wheel = mock.Mock(side_effect=lambda check_available=False: None if check_available else "cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", wheel)
     with pytest.raises(KeyboardInterrupt):
         ddpm_mnist.main()
     assert vars(train.call_args.args[0]) == DEFAULTS
@@ -603,21 +582,19 @@ def test_main_in_a_notebook_runs_the_defaults_which_help_shows(tmp_path, monkeyp
 def test_no_flag_is_the_beginning_of_one_of_torchrun():
     theirs = {flag for action in get_args_parser()._actions for flag in action.option_strings}
     ours = {f"--{name.replace('_', '-')}" for name in DEFAULTS}
-    assert "--nnodes" in theirs
-    assert not [(a, b) for a in ours for b in theirs if b.startswith(a)]
+    assert len(theirs) > 20 and not [a for a in ours for b in theirs if b.startswith(a)]
 
 
 def test_everything_runs_where_cpu_tensors_are_refused(trained, copy, data, tmp_path):
-    """Trains, draws, resumes and says that a loss is not finite, on a pretend GPU, which is the
-    default there, with the numbers of the CPU."""
-    with pretend_device() as name:
-        for device in (name, "cpu"):
-            flags = ["--steps", 2, "--guidance", 2, "--sample-steps", 2, "--out", tmp_path / device]
-            main("--data", data, *flags, *(["--device", "cpu"] if device == "cpu" else []))
+    """On a pretend GPU, the default there: trains, draws, resumes, finds NaN, all as on the CPU."""
+    flags = ["--data", data, "--steps", 2, "--guidance", 2, "--sample-steps", 2, "--out"]
+    with pretend_device():
+        main(*flags, tmp_path / "device")
+        main(*flags, tmp_path / "cpu", "--device", "cpu")
         main(*RUN, "--data", data, "--out", copy, "--resume")
         with pytest.raises(SystemExit, match="^loss [^\n]* at step 2: [^\n]* --lr$"):
-            main("--data", data, "--steps", 20, "--lr", 1000, "--out", tmp_path / "nan")
-    assert files(tmp_path / name) == files(tmp_path / "cpu")
+            main(*flags, tmp_path / "nan", "--steps", 20, "--lr", 1000)
+    assert files(tmp_path / "device") == files(tmp_path / "cpu")
     assert files(copy) == files(trained / "whole")
 
 
@@ -626,8 +603,8 @@ def two(monkeypatch):
     """As if torchrun had started two processes, on a machine with GPUs."""
     monkeypatch.setattr(ddpm_mnist, "WORLD", 2)
     monkeypatch.setattr(ddpm_mnist, "distributed", mock.Mock())
-    ddp = mock.Mock(side_effect=lambda net: net)
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", ddp)
+    monkeypatch.setattr(torch.nn, "parallel", mock.Mock())
+    torch.nn.parallel.DistributedDataParallel.side_effect = lambda net: net
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", mock.Mock())
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -639,11 +616,13 @@ def test_processes_have_random_numbers_of_their_own_and_the_first_alone_writes(
     """Process 1 of --seed 0 is not process 0 of --seed 1, whatever the step. Each takes the GPU
     that torchrun gives it; the first alone shows a bar. (tests/slow has processes that are.)"""
     seeds = []
+    calls = []
+    monkeypatch.setattr(torch, "manual_seed", calls.append)
     for rank, seed in product((0, 1), (0, 1, 2, 10**9)):
         monkeypatch.setattr(ddpm_mnist, "RANK", rank)
-        with mock.patch.object(torch, "manual_seed") as manual_seed:
-            main("--data", data, "--seed", seed, "--out", tmp_path / f"{rank} {seed}")
-        first, step, *last = [call.args[0] for call in manual_seed.mock_calls]
+        main("--data", data, "--seed", seed, "--out", tmp_path / f"{rank} {seed}")
+        first, step, *last = calls
+        calls.clear()
         assert {first, *last} == {seed}  # of the weights, and of what process 0 draws
         seeds.append(step)
         torch.cuda.set_device.assert_called_with(3)
@@ -654,8 +633,7 @@ def test_processes_have_random_numbers_of_their_own_and_the_first_alone_writes(
 
 
 def test_script_from_another_folder_trains_on_the_committed_digits(tmp_path):
-    script = [sys.executable, "-W", "error", os.path.relpath(SCRIPT, tmp_path)]
-    flags = [*TINY, "--samples", "11", "--device", "cpu"]
-    subprocess.run([*script, *flags], cwd=tmp_path, check=True, timeout=300)
+    script = [sys.executable, "-W", "error", os.path.relpath(SCRIPT, tmp_path), "--device", "cpu"]
+    subprocess.run([*script, *TINY], cwd=tmp_path, check=True, timeout=300)
     assert files(tmp_path).keys() == {f"runs/ddpm_mnist/{name}" for name in FILES}
-    assert np.load(tmp_path / "runs/ddpm_mnist/labels.npy").tolist() == [*range(10), 0]
+    assert np.load(tmp_path / "runs/ddpm_mnist/labels.npy").tolist() == [0, 1, 2]
