@@ -105,7 +105,8 @@ def test_toys_have_the_shapes_of_their_names():
     torch.testing.assert_close(upper.abs(), torch.ones(600).double())
     arm, opposite = sets["spirals"].chunk(2)
     torch.testing.assert_close(opposite, -arm)
-    roll = sets["swissroll"]  # its radii as in scikit-learn: in proportion to the angle
+    roll = sets["swissroll"]  # t (cos t, sin t), as that of scikit-learn
+    torch.testing.assert_close(roll, torch.polar(roll.abs(), 1.5 * torch.pi * roll.abs()))
     for spiral, first, last in ((arm, 0.03, 1), (roll, 1, 3)):  # one and a half turns
         slope = spiral.abs().diff() / turns(spiral)
         torch.testing.assert_close(slope, slope[:1].expand(len(slope)))
