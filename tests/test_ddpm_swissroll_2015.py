@@ -388,7 +388,9 @@ NUMBERS = "steps 0, samples 0, batch-size 0, T 1, T 1001, lr inf, beta1 nan, noi
 MISTAKES = {f"--{flag}": f"--{flag}: choose " for flag in NUMBERS.split(", ")}
 MISTAKES |= {"--out file/x": "--out file/x: "}
 CHOICES = {"net": "unet", "device": "cuda:99"}
-MISTAKES |= {f"--{flag} {bad}": f"--{flag}: invalid choice: '{bad}'" for flag, bad in CHOICES.items()}
+MISTAKES |= {
+    f"--{flag} {bad}": f"--{flag}: invalid choice: '{bad}'" for flag, bad in CHOICES.items()
+}
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
