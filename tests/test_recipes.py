@@ -223,7 +223,7 @@ def test_recipe_go_on_from_the_committed_weights(recipe):
 
 
 def test_recipe_of_the_readme_trains_on_points(recipe):
-    smaller = [("steps=1000", "steps=300"), ("batch_size=512", "batch_size=128")]
+    smaller = [("steps=1000", "steps=600"), ("batch_size=512", "batch_size=128")]
     names = recipe("Use it in your own code", smaller=smaller)
     check_moons(names)
     assert len(names["pyplot"].gca().collections[0].get_offsets()) == 2000
