@@ -33,7 +33,7 @@ from torch.testing import assert_close
 import ddpm_mnist
 from ddpm_mnist import Diffusion, UNet, cosine_schedule, denoiser
 
-WEIGHTS_ERROR = 0.06448  # mean squared, of v, in test_committed_weights_...
+WEIGHTS_ERROR = 0.06447  # mean squared, of v, in test_committed_weights_...
 DEFAULTS = {"data": ddpm_mnist.MNIST, "steps": 4000, "batch_size": 64, "width": 32, "lr": 2e-3}
 DEFAULTS |= {"samples": 100, "label": None, "sample_steps": 50, "eta": 1.0, "guidance": 1.0}
 DEFAULTS |= {"seed": 0, "device": "cpu", "out": Path("runs/ddpm_mnist"), "load": None}
