@@ -92,15 +92,15 @@ def steps_done():
 )
 def test_interrupted_training_ends_all_processes_and_can_go_on(press, processes, folder):
     """Ctrl-C and kill -9, a while after the first checkpoint."""
-    job = start("none", "--steps 1500", processes)
+    job = start("none", "--steps 1000", processes)
     wait_for(folder / "out" / "model.pt")
     os.killpg(job.pid, press)
     assert finish(job)[0] != 0
     steps = steps_done()
-    assert 0 < steps < 1500 and steps % 100 == 0
+    assert 0 < steps < 1000 and steps % 100 == 0
     if processes == 1:
-        train("--steps 1500 --resume")
-        assert steps_done() == 1500 and names() == FILES
+        train("--steps 1000 --resume")
+        assert steps_done() == 1000 and names() == FILES
 
 
 def test_kill_while_saving_leaves_a_checkpoint_that_resumes(folder):
@@ -110,12 +110,11 @@ def test_kill_while_saving_leaves_a_checkpoint_that_resumes(folder):
     assert steps_done() == 300 and names() == FILES
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_disk_that_stays_full_ends_all_processes_and_keeps_the_old_model(processes, folder):
+def test_disk_that_stays_full_ends_the_run_and_keeps_the_old_model(folder):
     train("--steps 1")
     before = Path("out/model.pt").read_bytes()
     assert len(before) > 4000
-    code, said = finish(start("full", "--steps 102", processes))
+    code, said = finish(start("full", "--steps 102"))
     lines = [line for line in said.splitlines() if "cannot be written" in line]
     assert code == 1 and len(lines) == 2 and all("out/model.part" in line for line in lines)
     assert "next try in 100 steps: " in lines[0] and "next try" not in lines[1]
