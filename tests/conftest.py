@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
 always = {"deadline": None, "max_examples": 100, "database": None}
 settings.register_profile("same", derandomize=True, **always)
 settings.register_profile("random", print_blob=True, **always)  # see @reproduce_failure
+fast = (Phase.explicit, Phase.generate)  # for mutants.py: failures are not made smaller
+settings.register_profile("quick", derandomize=True, phases=fast, **always)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 caches = tempfile.TemporaryDirectory()
 set_hypothesis_home_dir(caches.name)
