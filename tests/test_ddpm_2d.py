@@ -98,6 +98,7 @@ def test_toys_have_the_shapes_of_their_names():
     for name, count, radius in (("8gaussians", 8, 1), ("circles", 600, 1), ("circles", 600, 0.5)):
         ring = sets[name][(sets[name].abs() - radius).abs() < 1e-9]
         around = turns(torch.cat([ring, ring[:1]]))  # evenly, and without a seam
+        assert len(around) == count
         torch.testing.assert_close(around, torch.full_like(around, 1 / count))
     upper, lower = sets["moons"].chunk(2)
     torch.testing.assert_close(lower, 1 + 0.5j - upper)
