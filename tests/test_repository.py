@@ -102,6 +102,12 @@ def test_readme_is_short_and_narrow():
     assert len(lines) <= 160 and max(map(len, text)) <= 100
 
 
+def test_the_code_that_readme_shows_is_that_of_the_script_word_for_word():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    parts = next(block for block in blocks if "  ...\n" in block).split("        ...\n")
+    assert len(parts) == 2 and all(part in SCRIPTS[0].read_text() for part in parts)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links_of_pages_lead_to_files_and_headings(page):
     text = page.read_text()
