@@ -200,7 +200,7 @@ class Trap:
         return open, ("trap", "w")
 
 
-BAD_LINES = [("nan,3\n5,6", 1), ("\n\n# x\n5,6\n-inf,3", 5), ("1,\n5,6", 1), ("x\ty\n1\t\t2", 2)]
+BAD_LINES = [("nan,inf\n5,6", 1), ("\n\n# x\n5,6\n-inf,3", 5), ("1,\n5,6", 1), ("x\ty\n1\t\t2", 2)]
 BAD_LINES += [("1,2\n,", 2), ("x,y\n1,2\n\n3,x", 4), ("x,y\n1,2\nx,y", 3), ("x,1\n1,2", 1)]
 BAD_LINES += [("1,2\n3", 2), ("x,y,z\n1,2,3", 2), (",x,y\n0,1,2", 1)]  # one, three, an index
 BAD_LINES += [("x;y\n1,5;2,5", 2), ("1,5 2,5", 1)]  # decimal commas
@@ -212,10 +212,10 @@ BAD = {  # content, and what the message says
     "header.csv": (b"x,y\n\n", "no points in"),
     "utf16.csv": ("x,y\n1,2\n".encode("utf-16"), "utf-8", "0xff"),
     "points.npz": (ARCHIVE.getvalue(), "utf-8"),
-    "points_npz.npy": (ARCHIVE.getvalue(), "not finite numbers [n, 2]"),
-    "empty.npy": (b"", "No data"),
+    "points_npz.npy": (ARCHIVE.getvalue(), "magic string"),
+    "empty.npy": (b"", "EOF"),
     "cut.npy": (b"\x93NUMPY", "EOF"),
-    "objects.npy": (np.array([[1, Trap()]]), "allow_pickle"),
+    "objects.npy": (np.array([[1, Trap()]]), "Python objects"),
     "none.npy": (np.zeros((0, 2)), "no points in"),
 }
 for k, (text, number) in enumerate(BAD_LINES):
