@@ -239,11 +239,13 @@ def test_ddim_with_eta_1_is_algorithm_2_on_the_steps_it_visits(beta, shape, shar
         assert (a - b).abs().max() < 1e-6 * a.abs().max() + 1e-9
 
 
-@given(st.lists(st.floats(1e-7, 0.9999), min_size=1, max_size=40).map(own))
-@example(own([0.3, 1 - 1e-16]))  # so small that rounding decides
-@example(cosine_schedule(800))
+tiny = st.floats(-13, -1).map(lambda power: 10**power)
+
+
+@given(st.lists(tiny | tiny.map(lambda b: 1 - b), min_size=1, max_size=8).map(own))
+@example(own([4.1658930309395797e-14, 0.9999999999998351]))
 def test_extreme_betas_give_no_complex_numbers(beta):
-    """1 - alpha_bar_s - sigma^2 is 0 where alpha_bar_t is, and may be rounded to less."""
+    """1 - alpha_bar_s - sigma^2 is nearly 0 where beta_t is nearly 1; it may be rounded to less."""
     states, _ = sample("DDIM", beta, perfect(beta, 0.5), randn(3, 2))
     assert all(xt.dtype == torch.float64 and xt.isfinite().all() for xt in states)
 
