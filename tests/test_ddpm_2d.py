@@ -425,7 +425,8 @@ def test_wrong_flags_are_refused_in_one_line_that_names_them(flag, refuses, tmp_
     """And nothing is left on disk."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    line = refuses(main, ["--out", "new/out", *flag.split()], *flag.split(), HINTS.get(flag, ""))
+    argv = [*SMALL, "--out", "new/out", *flag.split()]
+    line = refuses(main, argv, *flag.split(), HINTS.get(flag, ""))
     assert set(re.findall(r" --[\w-]+", line)) <= {f" {flag.split()[0]}"}
     assert [*tmp_path.iterdir()] == [tmp_path / "file"]
 

@@ -397,5 +397,5 @@ MISTAKES |= {
 def test_a_mistake_gives_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, refuses):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("not a folder")
-    refuses(m.main, ["--out", "new", *flags.split()], MISTAKES[flags])
+    refuses(m.main, [*TINY, "--out", "new", *flags.split()], MISTAKES[flags])
     assert os.listdir(tmp_path) == ["file"]
