@@ -248,15 +248,19 @@ def run_pytest(tests, *flags, edit=(D2, "", "", "")):
         for name in ("data", "weights"):
             (copy / name).symlink_to(ROOT / name)
         (copy / file).write_text((ROOT / file).read_text().replace(old, new))
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", *flags, *tests]
         env = os.environ | {"OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "quick"}
-        try:
-            done = subprocess.run(command, cwd=copy, env=env, capture_output=True, timeout=300)
-        except subprocess.TimeoutExpired:
-            return "timed out"
-    if done.returncode == 1 and re.search(rb"^FAILED ", done.stdout, re.MULTILINE):
-        return "killed"
-    return {0: "survived"}.get(done.returncode, f"no test failed, exit code {done.returncode}")
+        settings = {"cwd": copy, "env": env, "capture_output": True, "timeout": 300}
+        for stop in (["-x"], []):  # [] if it stopped at a fixture, which is no test
+            command = [sys.executable, "-m", "pytest", "-q", "--tb=no", *stop, *flags, *tests]
+            try:
+                done = subprocess.run(command, **settings)
+            except subprocess.TimeoutExpired:
+                return "timed out"
+            if done.returncode == 0:
+                return "survived"
+            if done.returncode == 1 and re.search(rb"^FAILED ", done.stdout, re.MULTILINE):
+                return "killed"
+    return f"no test failed, exit code {done.returncode}"
 
 
 def quickest_first(script):
