@@ -284,9 +284,9 @@ def main(argv=()):
     torch.save(saved, args.out / "model.pt")
 
     xT = torch.randn(args.samples, 2, device=args.device)
-    states = []
-    for xt in tqdm(diffusion.p_sample_loop(net, xT), "sample", args.T + 1):
-        states.append(xt[:4000].clone())  # those that draw shows; a view would keep all
+    states = torch.empty(args.T + 1, min(args.samples, 4000), 2)  # at once: memory stays whole
+    for k, xt in enumerate(tqdm(diffusion.p_sample_loop(net, xT), "sample", args.T + 1)):
+        states[k] = xt[:4000]
     np.save(args.out / "samples.npy", xt.cpu().double() * std + mean)  # x_0 in the data's units
     metrics = evaluate(diffusion, net, data, xt)
     text = json.dumps(metrics | vars(args), indent=1, default=str)

@@ -355,10 +355,10 @@ def test_same_seed_same_numbers_also_on_another_device_which_is_found(net, tmp_p
     flags = ["--net", net, "--out", str(tmp_path)]
     metrics = m.main([*TINY, *flags])
     samples = np.load(tmp_path / "samples.npy")
-    with pretend_device() as device:
+    with pretend_device() as device, monkeypatch.context() as patch:
         here = {True: torch.device(device), False: torch.device("cuda")}
         find = "torch.accelerator.current_accelerator"
-        monkeypatch.setattr(find, lambda check_available=False: here[check_available])
+        patch.setattr(find, lambda check_available=False: here[check_available])
         assert m.main([*TINY[:-2], *flags]) == pytest.approx(metrics, rel=1e-4)
     assert np.allclose(np.load(tmp_path / "samples.npy"), samples, atol=1e-4)
     saved = torch.load(tmp_path / "model.pt")  # on the CPU, so that it loads anywhere
