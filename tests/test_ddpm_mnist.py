@@ -606,6 +606,7 @@ def two(monkeypatch):
     monkeypatch.setattr(torch.nn, "parallel", mock.Mock())
     torch.nn.parallel.DistributedDataParallel.side_effect = lambda net: net
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # asked by Adam
     monkeypatch.setattr(torch.cuda, "set_device", mock.Mock())
     monkeypatch.setenv("LOCAL_RANK", "3")
 
