@@ -547,14 +547,14 @@ def test_pixels_are_rounded_and_clipped_and_states_are_not_kept(data, small, tmp
 
 WRONG_FLAGS = """--steps 0, --batch-size 0, --lr -1, --lr nan, --lr inf, --samples 0, --seed -1,
 --sample-steps 0, --sample-steps 1001, --eta 1.1, --eta -0.1, --eta nan, --guidance nan,
---guidance inf, --width 12, --label 77, --device gpu, --device cuda:0, --non x, --out /dev/null"""
+--guidance inf, --width 12, --label 77, --device gpu, --device cuda:0, --non x, --out DATA"""
 WANTED = {"--steps": "1 to", "--sample-steps": "1 to 1000", "--eta": "0 to 1", "--lr": "0 to 1000"}
 WANTED |= {"--width": "16, 32, 64, 128", "--label": "of [3, 7]", "--device": "choose from 'cpu'"}
 
 
 @pytest.mark.parametrize("flag", WRONG_FLAGS.replace("\n", " ").split(", "))
 def test_wrong_flags_are_refused_before_training(flag, data, refuses, tmp_path):
-    name, value = flag.split(" ")
+    name, value = flag.replace("DATA", str(data)).split(" ", 1)
     argv = ["--data", data, "--out", tmp_path / "out", name, value]
     refuses(ddpm_mnist.main, [*TINY, *argv], name, value, WANTED.get(name, ""))
     assert files(tmp_path) == {} and not (tmp_path / "out").exists()
