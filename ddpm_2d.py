@@ -5,7 +5,7 @@ train     E || eps - eps_theta(x_t, t) ||^2 over x_0, eps and t                 
 sample    x_{t-1} = mu_theta(x_t, t) + sigma_t z, from x_T ~ N(0, I) to x_0        Algorithm 2
 
 Not as in the paper: a mean over coordinates in the loss; L_0 is a Gaussian density, in place of the
-pixels of Eq. (13); a small MLP, AdamW with a falling rate, no average of the weights.
+decoder for pixels of Eq. (13); a small MLP; AdamW with a decaying learning rate; no EMA of weights.
 """
 
 import json
@@ -25,21 +25,21 @@ from tqdm import tqdm
 
 
 def linear_schedule(T):
-    """The beta_t [T] of Ho et al. times 1000 / T: x_T is noise at any T, and beta < 1 if T > 20."""
+    """The beta_t [T] of Ho et al., times 1000 / T so that any T ends in noise. T > 20: beta < 1."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 
 
 class Diffusion(nn.Module):
-    """q(x_t | x_0), and the way back p of a model (x_t, t [B]) -> eps. beta [T] is of t = 1..T."""
+    """q(x_t | x_0), and the way back p by a model (x_t, t [B]) -> eps. beta [T] of steps 1..T."""
 
     def __init__(self, beta):
         super().__init__()
         self.T = len(beta)
         beta = F.pad(beta, (1, 0))  # [T + 1]: index t is step t, beta_0 = 0
         alpha_bar = torch.cumprod(1 - beta, 0)  # alpha_bar_0 = 1
-        self.beta = beta.tolist()  # Python floats, for one step at a time
+        self.beta = beta.tolist()  # float64 numbers, for one step of all points
         self.alpha_bar = alpha_bar.tolist()
-        self.signal = nn.Buffer(alpha_bar.sqrt().float(), persistent=False)  # for t [B]
+        self.signal = nn.Buffer(alpha_bar.sqrt().float(), persistent=False)  # for steps t [B]
         self.noise = nn.Buffer((1 - alpha_bar).sqrt().float(), persistent=False)
 
     def q_sample(self, x0, t, eps):
@@ -48,15 +48,14 @@ class Diffusion(nn.Module):
         return self.signal[t] * x0 + self.noise[t] * eps
 
     def p_losses(self, model, x0, t=None, eps=None):
-        """Eq. (14) of each point [B], a mean over its coordinates. Random t and eps if None."""
+        """Eq. (14) for each point [B], averaged over its coordinates. Random t and eps if None."""
         t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device) if t is None else t
         eps = torch.randn_like(x0) if eps is None else eps
         return (eps - model(self.q_sample(x0, t, eps), t)).square().flatten(1).mean(1)
 
-    @torch.no_grad()  # while the generator runs
+    @torch.no_grad()  # in here, not in the loop over its states
     def p_sample_loop(self, model, xt):
-        """Algorithm 2 from x_T: yields x_T, ..., x_0, T + 1 states. sigma_t^2 is beta-tilde_t; the
-        other choice of Sec. 3.2 is beta_t."""
+        """Algorithm 2: yields x_T, ..., x_0. sigma_t^2 is beta-tilde_t, one choice of Sec. 3.2."""
         yield xt
         for t in range(self.T, 0, -1):
             eps = model(xt, torch.full((len(xt),), t, device=xt.device))
@@ -70,9 +69,9 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def variational_bound(self, model, x0, seed=0):
-        """L_0, ..., L_T of Eq. (5) [T + 1] in nats a point, and Eq. (14) at t = 1, ..., T [T], for
-        points x0 [B, d]. sigma_t^2 is beta-tilde_t, but beta_1 at t = 1, where beta-tilde_1 = 0 has
-        no density (the sampler shows the mean). The same seed gives two models the same noise."""
+        """L_0, ..., L_T of Eq. (5) [T + 1], nats per point, and Eq. (14) at t = 1, ..., T [T] for
+        points x0 [B, d]. sigma_t^2 is beta-tilde_t. At t = 1 that is 0, which has no density: there
+        it is beta_1. Two models with the same seed get the same noise."""
         d = x0.shape[1]
         generator = torch.Generator(x0.device).manual_seed(seed)
         loss = torch.zeros(self.T + 1, dtype=torch.float64)
@@ -84,7 +83,7 @@ class Diffusion(nn.Module):
         beta = torch.tensor(self.beta, dtype=torch.float64)
         alpha = 1 - beta
         alpha_bar = torch.tensor(self.alpha_bar, dtype=torch.float64)
-        # L_{t-1} of t = 2..T: Eq. (12) and the constant of Eq. (8), which is 0 for beta-tilde
+        # L_{t-1} of t = 2..T, Eq. (12). Equal variances in q and p: the constant of Eq. (8) is 0
         sigma2 = (1 - alpha_bar[1:-1]) / (1 - alpha_bar[2:]) * beta[2:]
         weight = beta[2:] ** 2 / (2 * sigma2 * alpha[2:] * (1 - alpha_bar[2:]))
         # L_0 = -log N(x_0; mu, beta_1 I) with x_0 - mu = sqrt(beta_1 / alpha_1) (eps_theta - eps)
@@ -101,7 +100,7 @@ class NoisePredictor(nn.Module):
     def __init__(self, T, width=128, layers=3):
         super().__init__()
         self.time_freq = nn.Buffer(1000 / T * 10_000 ** (-torch.arange(16) / 16))  # t as 0..1000
-        self.point_freq = nn.Buffer(2 * torch.randn(2, 32))  # 2: how fine the features are
+        self.point_freq = nn.Buffer(2 * torch.randn(2, 32))  # 2 by trial; more is finer
         self.inp = nn.Linear(2 + 2 * (32 + 16), width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
         self.out = nn.Linear(width, 2)
@@ -116,7 +115,7 @@ class NoisePredictor(nn.Module):
 
 
 class Mixture(NamedTuple):
-    """An equal mixture of N(center, sigma^2 I), of known density; sigma = 0 is a file's points."""
+    """An equal mixture of N(center, sigma^2 I), of known density; with sigma = 0, just points."""
 
     centers: torch.Tensor  # [m, 2]
     sigma: float
@@ -133,7 +132,7 @@ class Mixture(NamedTuple):
 
     def ideal_eps(self, diffusion, xt, t):
         """E[eps | x_t] [n, 2] at steps t [n], the prediction with the least expected error."""
-        signal = diffusion.signal[t, None]  # [n, 1]; by row, so points are scaled, not centers
+        signal = diffusion.signal[t, None]  # [n, 1]
         noise = diffusion.noise[t, None]
         var = (signal * self.sigma) ** 2 + noise**2  # of x_t around signal * center
         distance = signal * torch.cdist(xt / signal, self.centers)  # |x_t - signal * center| [n, m]
@@ -148,7 +147,7 @@ def polar(radius, turns):
 
 
 u = (torch.arange(600, dtype=torch.float64) + 0.5) / 600  # evenly spread over 0..1
-arm = polar(u.sqrt(), 1.5 * u.sqrt())  # length ~ angle^2, so the root spaces evenly
+arm = polar(u.sqrt(), 1.5 * u.sqrt())  # arc length ~ angle^2: the root spaces evenly
 grid = (torch.arange(40, dtype=torch.float64) + 0.5) / 10  # evenly spread over 0..4
 board = torch.cartesian_prod(grid, grid)  # [1600, 2]
 TOYS = {  # the centers of the Gaussians [m, 2]
@@ -164,7 +163,7 @@ TOYS = {  # the centers of the Gaussians [m, 2]
 def read_points(path):
     """Two columns of numbers in a text or .npy file: float64 [n, 2]. Raises OSError, ValueError."""
     if str(path).endswith(".npy"):
-        points = np.lib.format.open_memmap(path, mode="r")  # np.load opens zips, too
+        points = np.lib.format.open_memmap(path, mode="r")  # no pickle, no zip
     else:
         points = []
         for number, line in enumerate(Path(path).read_text("utf-8-sig").splitlines(), 1):
@@ -174,7 +173,8 @@ def read_points(path):
             try:
                 point = [float(cell) for cell in cells]
             except ValueError:
-                point = []  # not numbers (nan is one): a header, if above all points
+                point = []
+            # words alone, above all points; nan and inf are numbers, and refused below
             header = not points and not point and all(any(map(str.isalpha, cell)) for cell in cells)
             if len(point) == 2 and all(abs(value) < np.inf for value in point):
                 points.append(point)
@@ -209,13 +209,13 @@ def train(diffusion, net, data, steps, batch_size, lr):
 
 def evaluate(diffusion, net, data, samples):
     """loss          Eq. (14), a mean over t = 1, ..., T; predicting 0 costs 1
-    bound_nats    Eq. (5), an upper bound on the mean of -log p(x_0), of standardised points
+    bound_nats    Eq. (5), an upper bound on the mean of -log p(x_0) for standardised points
     and for toy sets, whose density is known:
-    ideal_...     the same of the best possible prediction, on the same x_0 and noise
-    excess_loss   loss / ideal_loss - 1: at least 0, but for the chance of 512 points
-    entropy_nats  the mean of -log q(x_0): a floor of the bounds, but for the same chance
+    ideal_...     the same for the best possible prediction, on the same x_0 and noise
+    excess_loss   loss / ideal_loss - 1: at least 0, up to the chance of 512 points
+    entropy_nats  the mean of -log q(x_0): a floor of both bounds, up to the same chance
     off_support   share of samples less likely than 99.9 % of the data; true points get 0.001"""
-    x0 = data.sample(512)
+    x0 = data.sample(512)  # of a file: points that were trained on
     terms, loss = diffusion.variational_bound(net, x0)
     metrics = {"loss": loss.mean(), "bound_nats": terms.sum()}
     if data.sigma:
@@ -230,7 +230,7 @@ def evaluate(diffusion, net, data, samples):
 
 
 def draw(file, diffusion, data, states):
-    """The forward process q above the reverse process p, whose states are x_T, ..., x_0."""
+    """Forward process q above, reverse process p below: states x_T, ..., x_0, as far as +-2.7."""
     x0 = data.sample(4000)
     figure = Figure(figsize=(13, 5), layout="constrained")
     for column, share in zip(figure.subplots(2, 6).T, (0, 0.04, 0.1, 0.2, 0.5, 1)):
@@ -249,12 +249,12 @@ def main(argv=()):
     add = parser.add_argument
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     add("--data", default="8gaussians", help=f"{', '.join(TOYS)}, or a .csv or .npy file of points")
-    add("--steps", type=int, default=4000, help="of training")
+    add("--steps", type=int, default=4000, help="training steps")
     add("--batch-size", type=int, default=1024, help="points per training step")
     add("--lr", type=float, default=5e-3, help="learning rate at the start")
     add("--T", type=int, default=1000, help="steps of the diffusion, 21 or more")
     add("--samples", type=int, default=10_000, help="samples to draw")
-    add("--seed", type=int, default=0, help="of all randomness")
+    add("--seed", type=int, default=0, help="of the random numbers")
     add("--device", default=device, choices=sorted({"cpu", device}), help="where to compute")
     add("--out", type=Path, default="runs/ddpm_2d", help="folder for all files")
     args = parser.parse_args(argv)
@@ -262,8 +262,8 @@ def main(argv=()):
     for name, least in limits.items():
         if not least <= getattr(args, name) <= 1e9:
             parser.error(f"--{name.replace('_', '-')} {vars(args)[name]}, not {least} to 1e9")
-    sigma = 0.08 if args.data in TOYS else 0.0  # of data with variance 1
-    checked = f"--data {args.data} (toy sets: {', '.join(TOYS)})"
+    sigma = 0.08 if args.data in TOYS else 0.0  # when the data have variance 1
+    checked = f"--data {args.data} (toy sets: {', '.join(TOYS)})"  # what an error is about
     try:
         points = TOYS[args.data] if sigma else read_points(args.data)
         checked = f"--out {args.out}"
@@ -273,7 +273,7 @@ def main(argv=()):
 
     torch.manual_seed(args.seed)
     mean = points.mean(0)
-    std = points.std(0, correction=0).masked_fill(points.amin(0) == points.amax(0), 1)
+    std = points.std(0, correction=0).masked_fill(points.amin(0) == points.amax(0), 1)  # constant
     std = std / (1 - sigma**2) ** 0.5  # centers get variance 1 - sigma^2, data 1
     data = Mixture(((points - mean) / std).float().to(args.device), sigma)
     diffusion = Diffusion(linear_schedule(args.T)).to(args.device)
@@ -284,7 +284,7 @@ def main(argv=()):
     torch.save(saved, args.out / "model.pt")
 
     xT = torch.randn(args.samples, 2, device=args.device)
-    states = torch.empty(args.T + 1, min(args.samples, 4000), 2)  # at once: memory stays whole
+    states = torch.empty(args.T + 1, min(args.samples, 4000), 2)  # for the picture
     for k, xt in enumerate(tqdm(diffusion.p_sample_loop(net, xT), "sample", args.T + 1)):
         states[k] = xt[:4000]
     np.save(args.out / "samples.npy", xt.cpu().double() * std + mean)  # x_0 in the data's units

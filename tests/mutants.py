@@ -59,7 +59,7 @@ MUTANTS = [
     (D2, "(1 - self.alpha_bar[t - 1]) / (1 - alpha_bar) * beta", "beta if t > 1 else 0", "beta for beta-tilde"),
     (D2, "mean + beta_tilde**0.5 * z", "mean + beta_tilde * z", "Algorithm 2, variance for deviation"),
     (D2, "torch.randn_like(xt) if t > 1", "torch.randn_like(xt[:1]) if t > 1", "all samples get the same noise"),
-    (D2, "    @torch.no_grad()  # while the generator runs\n", "", "the sampler keeps all gradients"),
+    (D2, "    @torch.no_grad()  # in here, not in the loop over its states\n", "", "the sampler keeps all gradients"),
     # DDIM
     (MNIST, "[round(self.T * k / steps) for", "[(self.T - 1) * k // steps for", "diffusers #2585: T is never visited"),
     (MNIST, "for k in range(steps, -1, -1)]", "for k in range(steps, 0, -1)]", "smalldiffusion: DDIM ends before x_0"),
