@@ -11,7 +11,6 @@ tensors of no dimension are fine. (It knows nothing of what a GPU lacks, or roun
 """
 
 import contextlib
-import sys
 from functools import partial
 from unittest import mock
 
@@ -134,12 +133,8 @@ class DeviceGenerator(GENERATOR):
         return cls.made.setdefault(self._cdata, self)
 
 
-def construct(original, data, *args, requires_grad=False, **more):
+def construct(original, data, *args, **more):
     """torch.tensor and its like, which throw the numbers away on "meta"."""
-    if requires_grad:
-        return construct(original, data, *args, **more).requires_grad_()
-    if isinstance(data, (list, tuple)):
-        data = tree_map(unwrap, data)
     if on_device(more.get("device")):
         return original(data, *args, **more | {"device": "cpu"}).to(DEVICE)
     return original(data, *args, **more)
@@ -153,23 +148,22 @@ def attention(original, query, key, value, attn_mask=None, dropout_p=0.0, is_cau
     return flash(query, key, value, 0.0, is_causal, scale=more.get("scale"))[0]
 
 
+def current_accelerator(check_available=False):
+    """As of a torch that was built for CUDA: what is there has to be asked for."""
+    return torch.device(DEVICE if check_available else "cuda")
+
+
 @contextlib.contextmanager
 def pretend_device():
     """The name of a device that is not the CPU; all that is patched is restored at the end."""
-    optimizer = sys.modules[torch.optim.Optimizer.__module__]
-    fused_devices = [*optimizer._get_fused_kernels_supported_devices(), DEVICE]
-    changes = [(torch, name, construct) for name in ("tensor", "as_tensor", "asarray")]
-    changes += [(F, "scaled_dot_product_attention", attention)]
-    changes = [(owner, name, partial(new, getattr(owner, name))) for owner, name, new in changes]
-    changes += [(torch, "Generator", DeviceGenerator)]
-    accelerator = torch.device(DEVICE)
-    changes += [(torch.accelerator, "current_accelerator", lambda *_, **__: accelerator)]
-    changes += [(optimizer, "_get_fused_kernels_supported_devices", lambda: fused_devices)]
-    swap = torch.__future__.get_swap_module_params_on_conversion()
-    with contextlib.ExitStack() as stack:
-        for change in changes:
-            stack.enter_context(mock.patch.object(*change))
-        stack.callback(torch.__future__.set_swap_module_params_on_conversion, swap)
-        torch.__future__.set_swap_module_params_on_conversion(True)  # by nn.Module.to
-        stack.enter_context(PretendMode())
+    names = ("tensor", "as_tensor", "asarray")
+    constructors = {name: partial(construct, getattr(torch, name)) for name in names}
+    patch = mock.patch.multiple
+    with (
+        patch(torch, Generator=DeviceGenerator, **constructors),
+        patch(torch.accelerator, current_accelerator=current_accelerator),
+        patch(torch.__future__, get_swap_module_params_on_conversion=lambda: True),  # by Module.to
+        patch(F, scaled_dot_product_attention=partial(attention, F.scaled_dot_product_attention)),
+        PretendMode(),
+    ):
         yield DEVICE
