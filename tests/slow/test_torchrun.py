@@ -37,27 +37,34 @@ def folder(tmp_path, monkeypatch):
     np.savez(tmp_path / "mine.npz", x_train=images, y_train=np.arange(601) % 10)
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")
-    return tmp_path / "run"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def launch(command, flags=""):
+    """Python in the background, in a group of its own as in a terminal."""
+    words = [sys.executable, *command, *TINY.split(), *flags.split()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, start_new_session=True, **pipes)
 
 
 def start(fault, flags, processes=1):
-    """mnist_process.py with a fault in the background, in a group of its own as in a terminal."""
+    """mnist_process.py with a fault."""
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
-    command = [sys.executable, *torchrun[: 5 * (processes > 1)], PROCESS, fault]
-    command += [*TINY.split(), *flags.split()]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=alone, start_new_session=True, **pipes)
+    return launch([*torchrun[: 5 * (processes > 1)], PROCESS, fault], flags)
+
+
+def wait_until(done):
+    deadline = time.monotonic() + MINUTES
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def finish(job):
     """Exit code and what was said, once every process of the job has ended."""
     said = "".join(job.communicate(timeout=MINUTES))
     pids = [int(path.read_text()) for path in Path().glob("pid*")]
-    deadline = time.monotonic() + 60
-    while (left := [pid for pid in pids if runs(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert pids and not left
+    wait_until(lambda: not any(map(runs, pids)))
     return job.returncode, said
 
 
@@ -66,13 +73,6 @@ def runs(pid):
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
-
-
-def wait_for(path):
-    deadline = time.monotonic() + MINUTES
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert path.exists()
 
 
 def train(flags):
@@ -87,14 +87,12 @@ def steps_done():
     return len(torch.load("out/model.pt", weights_only=True)["losses"])
 
 
-@pytest.mark.parametrize(
-    ("press", "processes"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGKILL, 1)]
-)
-def test_interrupted_training_ends_all_processes_and_can_go_on(press, processes, folder):
-    """Ctrl-C and kill -9, a while after the first checkpoint."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_interrupted_training_ends_all_processes_and_can_go_on(processes, folder):
+    """Ctrl-C, a while after the first checkpoint."""
     job = start("none", "--steps 1000", processes)
-    wait_for(folder / "out" / "model.pt")
-    os.killpg(job.pid, press)
+    wait_until(Path("out/model.pt").exists)
+    os.killpg(job.pid, signal.SIGINT)
     assert finish(job)[0] != 0
     steps = steps_done()
     assert 0 < steps < 1000 and steps % 100 == 0
@@ -122,20 +120,16 @@ def test_disk_that_stays_full_ends_the_run_and_keeps_the_old_model(folder):
     assert Path("out/model.pt").read_bytes() == before and names() == FILES
 
 
-def test_disk_that_is_full_for_a_while_costs_one_checkpoint(folder):
-    code, said = finish(start("full-once", "--steps 102"))
-    assert code == 0 and said.count("cannot be written") == 1, said
-    assert steps_done() == 102 and names() == FILES
-
-
 def test_one_process_that_fails_ends_all(folder):
-    code, said = finish(start("raise", "--steps 1000000", 2))
-    assert code == 1 and "process 1 fails" in said
+    job = start("none", "--steps 1000000", 2)
+    wait_until(Path("out/model.pt").exists)
+    os.kill(int(Path("pid1").read_text()), signal.SIGKILL)
+    assert finish(job)[0] == 1
 
 
 def test_four_processes_on_601_images(folder):
-    """They end with the same weights, though each is trained on images and steps of its own, and
-    the first alone writes."""
+    """They end with the same weights, though each is trained on images and steps of its own. The
+    first alone writes, also with --load."""
     code, said = finish(start("none", "--steps 3 --out outRANK", 4))
     assert code == 0, said
     assert [len(list(Path(f"out{k}").iterdir())) for k in range(4)] == [4, 0, 0, 0]
@@ -146,30 +140,17 @@ def test_four_processes_on_601_images(folder):
     for i, k in combinations(range(4), 2):
         for (xi, ti, *_), (xk, tk, *_) in zip(results[i][1], results[k][1], strict=True):
             assert not torch.equal(xi, xk) and not torch.equal(ti, tk)
+    code, said = finish(start("none", "--load out0/model.pt --out newRANK", 2))
+    assert code == 0 and not list(Path("new1").iterdir()), said
+    assert Path("new0/samples.npy").read_bytes() == Path("out0/samples.npy").read_bytes()
 
 
 def test_resume_in_two_processes_equals_an_uninterrupted_run(folder):
     assert finish(start("none", "--steps 102 --out whole", 2))[0] == 0
-    job = start("kill", "--steps 102", 2)
-    assert finish(job)[0] == 1 and steps_done() == 100
-    assert finish(start("none", "--steps 102 --resume", 2))[0] == 0
-    a, b = (torch.load(f"{name}/model.pt", weights_only=True) for name in ("whole", "out"))
-    assert a["losses"] == b["losses"] and len(a["losses"]) == 102
-    assert all(torch.equal(a["ema"][name], b["ema"][name]) for name in a["ema"])
-    assert Path("whole/samples.npy").read_bytes() == Path("out/samples.npy").read_bytes()
-
-
-def test_two_processes_load_and_one_draws(folder):
-    train("--steps 1")
-    code, said = finish(start("none", "--load out/model.pt --out newRANK", 2))
-    assert code == 0, said
-    assert len(list(Path("new0").iterdir())) == 3 and not list(Path("new1").iterdir())
-    assert Path("new0/samples.npy").read_bytes() == Path("out/samples.npy").read_bytes()
-
-
-def test_wrong_data_end_all_processes(folder):
-    code, said = finish(start("none", "--data missing.npz", 2))
-    assert code == 1 and "missing.npz" in said and "error: " in said
+    assert finish(start("kill", "--steps 102", 2))[0] == 1 and steps_done() == 100
+    assert finish(start("none", "--steps 102 --resume", 2))[0] == 0 and steps_done() == 102
+    for name in ("model.pt", "samples.npy"):
+        assert Path("whole", name).read_bytes() == Path("out", name).read_bytes()
 
 
 @pytest.mark.parametrize("machines", [1, 2])
@@ -183,16 +164,10 @@ def test_recipe_several_gpus_and_machines(machines, folder):
     for old, new in {"HOST:29500": f"localhost:{port}", "node 8": "node 2"}.items():
         command = command.replace(old, new)
     *words, script = command.split()
-    words = [sys.executable, "-m", "torch.distributed.run", *words, PROCESS.parents[1] / script]
-    words += [*TINY.split(), "--steps", "1"]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    jobs = [
-        subprocess.Popen(words, env=alone, stderr=subprocess.PIPE, text=True)
-        for _ in range(machines)
-    ]
+    words = ["-m", "torch.distributed.run", *words, PROCESS.parents[1] / script]
+    jobs = [launch(words, "--steps 1") for _ in range(machines)]
     for job in jobs:
-        assert job.communicate(timeout=MINUTES)[1].count("Traceback") == 0
-        assert job.returncode == 0
+        assert "Traceback" not in job.communicate(timeout=MINUTES)[1] and job.returncode == 0
     assert names() == FILES
     assert len(np.load("out/samples.npy")) == 3 and steps_done() == 1
 
