@@ -7,7 +7,8 @@ The device is "meta", but here its tensors hold numbers: a DeviceTensor wraps a 
 operation runs on the tensors inside, so that results are those of the CPU. It raises RuntimeError
 where a GPU does: a CPU tensor beside one of the device, written from one, or indexed by one;
 a generator of the other device; .numpy(). As on a GPU, copies, CPU tensors as indices, and CPU
-tensors of no dimension are fine. (It knows nothing of what a GPU lacks, or rounds differently.)
+tensors of no dimension are fine. (It knows nothing of what a GPU lacks, or rounds differently,
+nor of a shape that is changed in place.)
 """
 
 import contextlib
@@ -77,13 +78,7 @@ def run(owner, func, types, args=(), kwargs=None):
         new = isinstance(x, torch.Tensor) and id(x) not in given
         return DeviceTensor(x) if new and target else given.get(id(x), x)
 
-    result = tree_map(wrap, func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs)))
-    for x in filter(on_device, tensors):
-        shape, stride = x.inner.shape, x.inner.stride()
-        if (x.shape, x.stride()) != (shape, stride):  # after resize_, t_, out=...
-            with torch._C._DisableTorchDispatch():
-                x.resize_(shape).as_strided_(shape, stride)
-    return result
+    return tree_map(wrap, func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs)))
 
 
 class PretendMode(TorchDispatchMode):
@@ -124,7 +119,6 @@ class DeviceGenerator(GENERATOR):
     """torch.Generator, which for the pretend device gives one of the CPU, and remembers it."""
 
     made = {}  # by address, as the dispatcher hands on another Python object; none is ever freed
-    device = torch.device(DEVICE)
 
     def __new__(cls, device="cpu"):
         if not on_device(device):
