@@ -36,7 +36,6 @@ def test_swd_ratio_is_one_for_true_samples_in_the_units_of_the_file(folder):
     saved |= {"mean": saved["mean"] + 100, "std": 7 * saved["std"]}
     torch.manual_seed(0)
     run = judge_2d.read_run(folder)
-    torch.testing.assert_close(run.data.centers.square().mean(0) + run.data.sigma**2, torch.ones(2))
     torch.testing.assert_close(run.data.centers, judge_2d.toy_data("8gaussians").centers)
     true = run.data.sample(2000)
     torch.save(saved, folder / "model.pt")
@@ -140,6 +139,5 @@ def test_folders_that_are_no_run_are_refused(folder, refuses):
     for other in ({"config": 1}, [1], saved | {"net": {}}, saved | {"T": None}):
         torch.save(other, folder / "model.pt")
         refuses(judge_2d.main, [folder], "model.pt")
-    for content in (b"", b"PK\x03\x04damaged", b"text"):
-        (folder / "model.pt").write_bytes(content)
-        refuses(judge_2d.main, [folder], "model.pt")
+    (folder / "model.pt").write_bytes(b"")
+    refuses(judge_2d.main, [folder], "model.pt")

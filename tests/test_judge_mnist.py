@@ -151,11 +151,8 @@ def test_what_cannot_be_judged_is_refused_in_one_line(argv, tmp_path, refuses):
     for change in ({"ema": {}}, {"config": other}, {"config": None}):
         torch.save(model | change, tmp_path / "model.pt")
         refused([*argv, "--bits", 2], "model.pt")
-    (tmp_path / "model.pt").write_bytes(b"PK\x03\x04")
-    refused([*argv, "--bits", 2], "model.pt")
     for name in ("model.pt", "labels.npy", "samples.npy"):
-        for content in (b"", b"text", b"\x80\x02."):
-            (tmp_path / name).write_bytes(content)
-            refused([*argv, "--bits", 2], name)
+        (tmp_path / name).write_bytes(b"")
+        refused([*argv, "--bits", 2], name)
         (tmp_path / name).unlink()
         refused([*argv, "--bits", 2], name)

@@ -101,21 +101,11 @@ def test_interrupted_training_ends_all_processes_and_can_go_on(processes, folder
         assert steps_done() == 1000 and names() == FILES
 
 
-def test_kill_while_saving_leaves_a_checkpoint_that_resumes(folder):
-    assert finish(start("kill", "--steps 300"))[0] == -signal.SIGKILL
-    assert steps_done() == 100 and names() == ["model.part", "model.pt"]
-    train("--steps 300 --resume")
-    assert steps_done() == 300 and names() == FILES
-
-
 def test_disk_that_stays_full_ends_the_run_and_keeps_the_old_model(folder):
     train("--steps 1")
     before = Path("out/model.pt").read_bytes()
-    assert len(before) > 4000
     code, said = finish(start("full", "--steps 102"))
-    lines = [line for line in said.splitlines() if "cannot be written" in line]
-    assert code == 1 and len(lines) == 2 and all("out/model.part" in line for line in lines)
-    assert "next try in 100 steps: " in lines[0] and "next try" not in lines[1]
+    assert code == 1 and said.count("out/model.part cannot be written") == 2
     assert "Traceback" not in said.split("cannot be written")[1]
     assert Path("out/model.pt").read_bytes() == before and names() == FILES
 
@@ -146,9 +136,12 @@ def test_four_processes_on_601_images(folder):
 
 
 def test_resume_in_two_processes_equals_an_uninterrupted_run(folder):
+    """Also after kill -9 while a checkpoint is written."""
     assert finish(start("none", "--steps 102 --out whole", 2))[0] == 0
-    assert finish(start("kill", "--steps 102", 2))[0] == 1 and steps_done() == 100
-    assert finish(start("none", "--steps 102 --resume", 2))[0] == 0 and steps_done() == 102
+    assert finish(start("kill", "--steps 102", 2))[0] == 1
+    assert steps_done() == 100 and names() == ["model.part", "model.pt"]
+    assert finish(start("none", "--steps 102 --resume", 2))[0] == 0
+    assert steps_done() == 102 and names() == FILES
     for name in ("model.pt", "samples.npy"):
         assert Path("whole", name).read_bytes() == Path("out", name).read_bytes()
 
@@ -173,26 +166,19 @@ def test_recipe_several_gpus_and_machines(machines, folder):
 
 
 def test_classes_of_photos_are_drawn_in_their_colours(tmp_path):
-    """Red discs and blue squares on grey, 32 x 32, whose labels are words [n, 1]; 300 steps."""
+    """Red and blue squares on grey, 32 x 32, whose labels are words [n, 1]; 300 steps."""
     rng = np.random.default_rng(0)
     images = np.full((200, 32, 32, 3), 128, np.uint8)
     for k, image in enumerate(images):
-        size = rng.integers(6, 10)
-        y, x = np.abs(np.indices((32, 32)) - rng.integers(10, 22, (2, 1, 1)))
-        inside = np.maximum(x, y) < size if k % 2 else np.hypot(x, y) < size
-        image[inside] = (20, 40, 230) if k % 2 else (230, 40, 20)
-    words = np.array([["red disc"], ["blue square"]] * 100)
-    np.savez(tmp_path / "photos.npz", x_train=images, y_train=words)
+        x, y = rng.integers(3, 15, 2)
+        image[y : y + 14, x : x + 14] = (20, 40, 230) if k % 2 else (230, 40, 20)
+    np.savez(tmp_path / "photos.npz", x_train=images, y_train=[["red"], ["blue"]] * 100)
     flags = f"--steps 300 --batch-size 16 --width 16 --device cpu --data {tmp_path}/photos.npz"
     ddpm_mnist.main([*flags.split(), "--samples", "20", "--out", str(tmp_path)])
-    flags = ["--load", f"{tmp_path}/model.pt", "--label", "red disc", "--samples", "8"]
-    ddpm_mnist.main([*flags, "--device", "cpu", "--out", f"{tmp_path}/red"])
-    assert set(np.load(tmp_path / "red" / "labels.npy")) == {"red disc"}
-    for folder in (tmp_path, tmp_path / "red"):
-        told_red = np.load(folder / "labels.npy") == "red disc"
-        images = np.load(folder / "samples.npy").astype(float)
-        redder = images[..., 0] - images[..., 2]  # [n, 32, 32]
-        red = (redder > 100).mean((1, 2))  # a quarter of the image or less
-        blue = (redder < -100).mean((1, 2))
-        right, wrong = np.where(told_red, (red, blue), (blue, red))
-        assert right.min() > 0.05 and right.max() < 0.4 and wrong.max() < 0.02
+    images = np.load(tmp_path / "samples.npy").astype(float)
+    redder = images[..., 0] - images[..., 2]  # [n, 32, 32]
+    red = (redder > 100).mean((1, 2))  # a fifth of the image
+    blue = (redder < -100).mean((1, 2))
+    told_red = np.load(tmp_path / "labels.npy") == "red"
+    right, wrong = np.where(told_red, (red, blue), (blue, red))
+    assert right.min() > 0.05 and right.max() < 0.4 and wrong.max() < 0.02
