@@ -32,8 +32,8 @@ def recipe(tmp_path, monkeypatch):
         (tmp_path / folder).symlink_to(ROOT / folder)
     torch.manual_seed(0)
 
-    def run(title, names=None, smaller=()):
-        names = {} if names is None else names
+    def run(title, names=(), smaller=()):
+        names = dict(names)
         assert all(old in SECTIONS[title] for old, _ in smaller), title
         for code in re.findall(r"```python\n(.*?)```", SECTIONS[title], re.S):
             for old, new in smaller:
@@ -64,13 +64,11 @@ def points_model(recipe, tmp_path):
 
 def test_recipe_load_a_model_of_points_and_ddim(recipe, points_model):
     """Both sample in the units of the file, by the saved network, with its schedule and T."""
-    first = points_model.copy()
     smaller = [("steps=50", "steps=10"), ("1000, 2", "200, 2")]
     second = recipe("DDIM in 50 steps for points", points_model, smaller)
-    assert len(second["_"]) == 10 and not torch.equal(first["points"], second["points"])
-    saved = torch.load("runs/ddpm_2d/model.pt")["net"]
-    assert all(torch.equal(saved[key], w) for key, w in second["net"].state_dict().items())
-    for names in (first, second):
+    assert len(second["_"]) == 10
+    assert not torch.equal(points_model["points"], second["points"])
+    for names in (points_model, second):
         z = (names["points"] - torch.tensor([1100, 16 / 3])) / torch.tensor([81.65, 0.4714])
         assert z.shape == (200, 2) and (z.std(0) - 1).abs().max() < 0.5 > z.mean().abs()
         assert names["diffusion"].alpha_bar[50] == pytest.approx(7.68e-6, rel=0.01)
@@ -78,7 +76,6 @@ def test_recipe_load_a_model_of_points_and_ddim(recipe, points_model):
 
 def check_moons(names):
     """Samples after a short training: most of them are likely, and each moon has its half."""
-    assert names["x0"].shape == (2000, 2)
     assert (names["data"].log_prob(names["x0"]) < -6).float().mean() < 0.2  # of noise: 0.8
     nearest = torch.cdist(names["x0"], names["data"].centers).argmin(1)
     assert 700 < (nearest < 600).sum() < 1300
