@@ -575,14 +575,12 @@ def test_no_flag_is_the_beginning_of_one_of_torchrun():
 
 
 def test_everything_runs_where_cpu_tensors_are_refused(trained, copy, data, tmp_path):
-    """On a pretend GPU, the default there: trains, draws, resumes, finds NaN, all as on the CPU."""
+    """On a pretend GPU, the default there: trains, draws and resumes as on the CPU."""
     flags = ["--data", data, "--steps", 2, "--guidance", 2, "--sample-steps", 2, "--out"]
     with pretend_device():
         main(*flags, tmp_path / "device")
         main(*flags, tmp_path / "cpu", "--device", "cpu")
         main(*RUN, "--data", data, "--out", copy, "--resume")
-        with pytest.raises(SystemExit, match="^loss [^\n]* at step 2: [^\n]* --lr$"):
-            main(*flags, tmp_path / "nan", "--steps", 20, "--lr", 1000)
     assert files(tmp_path / "device") == files(tmp_path / "cpu")
     assert files(copy) == files(trained / "whole")
 

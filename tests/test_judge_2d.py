@@ -61,10 +61,9 @@ def test_divergence_is_the_trace_of_the_jacobian_of_a_network():
     x = torch.randn(9, 2)
     function = partial(judge_2d.velocity, Diffusion(linear_schedule(40)), net, 7)
     with torch.no_grad():  # as log_density calls it
-        values, divergence = judge_2d.with_divergence(function, x)
+        _, divergence = judge_2d.with_divergence(function, x)
     jacobian = torch.autograd.functional.jacobian(function, x)  # [9, 2, 9, 2]
     torch.testing.assert_close(divergence, torch.einsum("nini->n", jacobian))
-    torch.testing.assert_close(values, function(x))
 
 
 @pytest.mark.parametrize("sigma, other, T", [(0.1, 0.1, 1000), (1.5, 1.2, 1000), (0.1, 0.15, 40)])

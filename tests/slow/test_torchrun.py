@@ -113,12 +113,11 @@ def test_four_processes_on_601_images(folder):
     code, said = finish(start("none", "--steps 3 --out outRANK", 4))
     assert code == 0, said
     assert [len(list(Path(f"out{k}").iterdir())) for k in range(4)] == [4, 0, 0, 0]
-    results = [torch.load(f"rank{k}.pt") for k in range(4)]
-    results.append((torch.load("out0/model.pt")["ema"], None))
-    nets = [torch.cat([p.flatten() for p in net.values()]) for net, _ in results]
-    assert all(torch.equal(nets[0], net) for net in nets)
-    for i, k in combinations(range(4), 2):
-        for (xi, ti, *_), (xk, tk, *_) in zip(results[i][1], results[k][1], strict=True):
+    nets, seen = zip(*[torch.load(f"rank{k}.pt") for k in range(4)])
+    ema = torch.load("out0/model.pt")["ema"]
+    assert all(torch.equal(net[name], ema[name]) for net in nets for name in ema)
+    for steps, others in combinations(seen, 2):
+        for (xi, ti, *_), (xk, tk, *_) in zip(steps, others, strict=True):
             assert not torch.equal(xi, xk) and not torch.equal(ti, tk)
     code, said = finish(start("none", "--load out0/model.pt --out newRANK", 2))
     assert code == 0 and not list(Path("new1").iterdir()), said
@@ -141,12 +140,10 @@ def test_recipe_several_gpus_and_machines(machines, folder):
     """The lines of docs/recipes.md, both machines being this one."""
     page = (PROCESS.parents[1] / "docs" / "recipes.md").read_text()
     lines = page.split("## Several GPUs and machines")[1].split("```")[1::2]
-    command = lines[machines - 1].removeprefix("sh\ntorchrun").strip()
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
-    for old, new in {"HOST:29500": f"localhost:{port}", "node 8": "node 2"}.items():
-        command = command.replace(old, new)
-    *words, script = command.split()
+    command = lines[machines - 1].removeprefix("sh\ntorchrun").replace("node 8", "node 2")
+    *words, script = command.replace("HOST:29500", f"localhost:{port}").split()
     words = ["-m", "torch.distributed.run", *words, PROCESS.parents[1] / script]
     jobs = [launch(words, "--steps 1") for _ in range(machines)]
     for job in jobs:
