@@ -8,7 +8,7 @@ operation runs on the tensors inside, so that results are those of the CPU. It r
 where a GPU does: a CPU tensor beside one of the device, written from one, or indexed by one;
 a generator of the other device; .numpy(). As on a GPU, copies, CPU tensors as indices, and CPU
 tensors of no dimension are fine. (It knows nothing of what a GPU lacks, or rounds differently,
-nor of a shape that is changed in place.)
+of a shape that is changed in place, or of torch.tensor with a device.)
 """
 
 import contextlib
@@ -102,9 +102,6 @@ class DeviceTensor(torch.Tensor):
         self.inner = inner
         return self
 
-    def __repr__(self):
-        return f"DeviceTensor({self.inner})"
-
     def __reduce_ex__(self, protocol):  # torch.save writes the CPU tensor
         return self.inner.__reduce_ex__(protocol)
 
@@ -127,13 +124,6 @@ class DeviceGenerator(GENERATOR):
         return cls.made.setdefault(self._cdata, self)
 
 
-def construct(original, data, *args, **more):
-    """torch.tensor and its like, which throw the numbers away on "meta"."""
-    if on_device(more.get("device")):
-        return original(data, *args, **more | {"device": "cpu"}).to(DEVICE)
-    return original(data, *args, **more)
-
-
 def attention(original, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **more):
     """F.scaled_dot_product_attention: the CPU's kernel; torch would take one that rounds else."""
     if not on_device(query) or attn_mask is not None or dropout_p or query.ndim != 4:
@@ -150,11 +140,9 @@ def current_accelerator(check_available=False):
 @contextlib.contextmanager
 def pretend_device():
     """The name of a device that is not the CPU; all that is patched is restored at the end."""
-    names = ("tensor", "as_tensor", "asarray")
-    constructors = {name: partial(construct, getattr(torch, name)) for name in names}
     patch = mock.patch.multiple
     with (
-        patch(torch, Generator=DeviceGenerator, **constructors),
+        patch(torch, Generator=DeviceGenerator),
         patch(torch.accelerator, current_accelerator=current_accelerator),
         patch(torch.__future__, get_swap_module_params_on_conversion=lambda: True),  # by Module.to
         patch(F, scaled_dot_product_attention=partial(attention, F.scaled_dot_product_attention)),

@@ -3,10 +3,8 @@
 Statistical checks allow six standard errors and are seeded.
 """
 
-import io
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -32,9 +30,7 @@ every_set = pytest.mark.parametrize("name", TOYS)
 
 def run(out, *flags, **stubs):
     """main with a small budget, and with some functions of the script replaced."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, stub in stubs.items():
-            patch.setattr(ddpm_2d, name, stub)
+    with mock.patch.dict(vars(ddpm_2d), stubs):
         metrics = main([*SMALL, "--out", str(out), *map(str, flags)])
     return metrics, np.load(out / "samples.npy")
 
@@ -157,19 +153,12 @@ def test_features_are_sine_and_cosine_of_each_angle():
 
 
 @pytest.mark.parametrize(("width", "layers"), [(128, 3), (64, 5)])
-def test_every_layer_is_one_of_its_own_and_learns(width, layers):
-    """Until one batch is known by heart."""
+def test_every_layer_is_one_of_its_own_and_gets_a_gradient(width, layers):
     net, diffusion = random_net(100, width, layers), Diffusion(linear_schedule(100))
     sizes = [99 * width, layers * (width + 1) * width, (width + 1) * 2]  # of 2 + 2 (32 + 16)
     assert sum(p.numel() for p in net.parameters()) == sum(sizes)
-    x0, eps, t = torch.randn(16, 2), torch.randn(16, 2), torch.randint(1, 60, (16,))
-    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-    for _ in range(300):
-        loss = diffusion.p_losses(net, x0, t, eps).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 1e-3 and all(p.grad.any() for p in net.parameters())
+    diffusion.p_losses(net, torch.randn(16, 2)).mean().backward()
+    assert all(p.grad.any() for p in net.parameters())
 
 
 # points of files
@@ -189,34 +178,20 @@ def test_points_are_read_as_they_were_written(folder, points, choice):
     rows = [separator.join(map(form.format, point)) for point in points]
     path = folder / "points.csv"
     path.write_bytes((header.format(separator) + end.join([*rows, ""])).encode(code))
-    for name in (path, str(path)):
-        read = read_points(name)
-        assert read.dtype == torch.float64 and read.tolist() == [list(point) for point in points]
+    read = read_points(path)
+    assert read.dtype == torch.float64 and read.tolist() == [list(point) for point in points]
 
 
-class Trap:
-    """Whoever unpickles it makes a file."""
-
-    def __reduce__(self):
-        return open, ("trap", "w")
-
-
-BAD_LINES = [("nan,inf\n5,6", 1), ("\n\n# x\n5,6\n-inf,3", 5), ("1,\n5,6", 1), ("x\ty\n1\t\t2", 2)]
-BAD_LINES += [("1,2\n,", 2), ("x,y\n1,2\n\n3,x", 4), ("x,y\n1,2\nx,y", 3), ("x,1\n1,2", 1)]
+BAD_LINES = [("nan,inf\n5,6", 1), ("\n\n# x\n5,6\n-inf,3", 5), ("x\ty\n1\t\t2", 2), ("1,2\n,", 2)]
+BAD_LINES += [("x,y\n1,2\nx,y", 3), ("x,1\n1,2", 1)]  # no header
 BAD_LINES += [("1,2\n3", 2), ("x,y,z\n1,2,3", 2), (",x,y\n0,1,2", 1)]  # one, three, an index
 BAD_LINES += [("x;y\n1,5;2,5", 2), ("1,5 2,5", 1)]  # decimal commas
-ARCHIVE = io.BytesIO()
-np.savez(ARCHIVE, np.ones((2, 2)))
 BAD = {  # content, and what the message says
-    "missing.csv": (None, "No such file"),
-    "empty.csv": (b"", "no points in"),
     "header.csv": (b"x,y\n\n", "no points in"),
     "utf16.csv": ("x,y\n1,2\n".encode("utf-16"), "utf-8", "0xff"),
-    "points.npz": (ARCHIVE.getvalue(), "utf-8"),
-    "points_npz.npy": (ARCHIVE.getvalue(), "magic string"),
-    "empty.npy": (b"", "EOF"),
+    "zip.npy": (b"PK\x03\x04 as of an .npz", "magic string"),
     "cut.npy": (b"\x93NUMPY", "EOF"),
-    "objects.npy": (np.array([[1, Trap()]]), "Python objects"),
+    "objects.npy": (np.array([[1, None]]), "Python objects"),  # a pickle, which is not opened
     "none.npy": (np.zeros((0, 2)), "no points in"),
 }
 for k, (text, number) in enumerate(BAD_LINES):
@@ -230,27 +205,14 @@ for k, array in enumerate(ARRAYS):
 
 @pytest.mark.parametrize("name", BAD)
 def test_unusable_files_are_refused_with_what_they_hold(name, tmp_path, monkeypatch, refuses):
-    """And a pickle is not opened."""
     monkeypatch.chdir(tmp_path)
     content, *words = BAD[name]
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
-    elif content is not None:
+    else:
         np.save(name, content)
     refuses(main, [*SMALL, "--data", name, "--out", tmp_path / "out"], f"--data {name} (", *words)
-    assert {path.name for path in tmp_path.iterdir()} <= {name}
-
-
-POINTS = np.random.default_rng(0).normal([1, -2], [3, 0.5], (20, 2))
-
-
-def untrained(folder, points):
-    """Centers, and samples in units of the points, of main without any training."""
-    np.save(folder / "points.npy", points)
-    seen, stubs = [], {"evaluate": lambda *args: {}, **NO_PICTURE}
-    stubs["train"] = lambda diffusion, net, data, *_: seen.append(data.centers) or [0.0]
-    _, samples = run(folder, "--samples", 5, "--data", folder / "points.npy", **stubs)
-    return seen[0], (samples - points.mean(0)) / points.std(0)
+    assert [*tmp_path.iterdir()] == [tmp_path / name]
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-9, 1e9), st.sampled_from([[0, 1], [1, 0]]))
@@ -258,9 +220,15 @@ def untrained(folder, points):
 @example(0.0, 1e-12, [0, 1])
 def test_shift_scale_and_exchange_of_the_axes_go_to_the_samples(folder, shift, scale, order):
     """The network sees the same points, or exchanged; its samples come back in the new units."""
-    centers, samples = untrained(folder, POINTS)
-    moved = ((POINTS + [shift, -shift]) * [scale, 2 * scale])[:, order]
-    others, back = untrained(folder, moved)
+    points = np.random.default_rng(0).normal([1, -2], [3, 0.5], (20, 2))
+    moved = ((points + [shift, -shift]) * [scale, 2 * scale])[:, order]
+    seen, stubs = [], {"evaluate": lambda *args: {}, **NO_PICTURE}
+    stubs["train"] = lambda diffusion, net, data, *_: seen.append(data.centers) or [0.0]
+    for data in (points, moved):
+        np.save(folder / "points.npy", data)
+        _, samples = run(folder, "--samples", 5, "--data", folder / "points.npy", **stubs)
+        seen.append((samples - data.mean(0)) / data.std(0))
+    centers, samples, others, back = seen
     torch.testing.assert_close(others, centers[:, order], rtol=0, atol=1e-5)
     np.testing.assert_allclose(back, samples, rtol=0, atol=1e-5)
 
@@ -339,16 +307,15 @@ def test_training_obeys_its_flags_and_shows_the_mean_of_the_last_100_losses(tmp_
     assert [texts[0], texts[129]] == [f"loss {losses[0]:.3f}", f"loss {sum(losses[30:]) / 100:.3f}"]
 
 
-DEFAULTS = {"data": "8gaussians", "steps": "4000", "batch-size": "1024", "lr": "0.005"}
-DEFAULTS |= {"T": "1000", "samples": "10000", "seed": "0", "device": "cpu", "out": "runs/ddpm_2d"}
-
-
 def test_help_shows_the_defaults_which_run_in_a_notebook(tmp_path, monkeypatch, capsys):
     """All numbers of the pages rest on them. In a notebook, sys.argv is that of the kernel."""
+    defaults = {"data": "8gaussians", "steps": "4000", "batch-size": "1024", "lr": "0.005"}
+    defaults |= {"T": "1000", "samples": "10000", "seed": "0", "device": "cpu"}
+    defaults["out"] = "runs/ddpm_2d"
     with pytest.raises(SystemExit, match="^0$"):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.partition("--help ")[2].split())
-    assert dict(re.findall(r" --([\w-]+)(?: \S+)+? \(default: (.*?)\)", text)) == DEFAULTS
+    assert dict(re.findall(r" --([\w-]+)(?: \S+)+? \(default: (.*?)\)", text)) == defaults
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     monkeypatch.setattr(ddpm_2d, "train", lambda *args: sys.exit("trains"))
     monkeypatch.chdir(tmp_path)
@@ -400,8 +367,7 @@ def test_every_panel_shows_the_state_of_its_title_and_has_room(T, toys, folder, 
 
 
 WRONG = ["--T 20", "--T 10000000000", "--steps 0", "--batch-size -3", "--samples 0", "--seed -1"]
-WRONG += ["--lr -1", "--lr nan", "--lr inf", "--device gpu", "--device cuda:99", "--steps x"]
-WRONG += [f"--out {os.path.join('file', 'below')}", "--out file", "--data moon", "--data ."]
+WRONG += ["--lr -1", "--lr nan", "--device gpu", "--steps x", "--out file", "--data moon"]
 HINTS = {"--T 20": "21", "--device gpu": "cpu", "--data moon": "toy sets: 8gaussians, moons"}
 
 

@@ -143,8 +143,7 @@ def test_schedules_have_the_values_of_their_authors():
 @given(schedules, shapes, rows, seeds)
 @example(C1, (2,), 1, 0)
 @example(L1000, (2,), 2, 0)  # points [2, 2]
-@example(C1000, (1, 4, 4), 4, 0)  # as many images as rows of pixels
-@example(L1000, (3, 3, 3), 3, 0)
+@example(L1000, (3, 3, 3), 3, 0)  # as many images as channels, and as rows of pixels
 def test_q_sample_is_t_single_steps_for_any_batch_and_shape(script, beta, shape, n, seed):
     """Exactly, by the t of each row. Coefficients [B, 1] would lie along the pixels of images."""
     x0, eps, t = drawn(beta, shape, n, seed, torch.float32)
@@ -209,7 +208,6 @@ def test_samplers_yield_x_T_and_a_state_a_step(sampler, beta, shape, n, share, e
 @both_samplers
 @given(schedules, seeds, shares, st.sampled_from([0, 0.5, 1]))
 @example(L21, 0, 1, 1)
-@example(L21, 0, 1, 0)
 def test_the_same_seed_gives_the_same_samples_and_another_others(sampler, beta, seed, share, eta):
     """And no two rows have the same noise. Without noise (eta = 0, or one step) none matters."""
     start, model = torch.ones(2, 2, dtype=torch.float64), perfect(beta, 0, 1)
@@ -224,7 +222,6 @@ def test_the_same_seed_gives_the_same_samples_and_another_others(sampler, beta, 
 @given(schedules, shapes, shares, seeds)
 @example(C1, (2,), 1, 0)
 @example(L1000, (2,), 1, 0)
-@example(C1000, (1, 4, 4), 1, 0)
 @example(C1000, (2,), 0.049, 0)  # 50 steps
 def test_ddim_with_eta_1_is_algorithm_2_on_the_steps_it_visits(beta, shape, share, seed):
     """The loop of ddpm_mnist against that of ddpm_2d, with the same noise. With T steps, that is
