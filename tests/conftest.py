@@ -7,6 +7,9 @@ TEST_ORDER=reverse python -m pytest           or a seed for a random order
 import os
 import random
 import tempfile
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,3 +63,25 @@ def refuses(capsys):
         return line
 
     return check
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves the working folder; /cut/FILE tells the right length, but breaks off halfway."""
+
+    def do_GET(self):
+        if not self.path.startswith("/cut/"):
+            return super().do_GET()
+        content = Path(self.path.removeprefix("/cut/")).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", len(content))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2])
+
+
+@pytest.fixture
+def server():
+    """The address of a web server on this machine."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()

@@ -42,7 +42,7 @@ SCRIPT = Path(ddpm_mnist.__file__)
 FILES = {"labels.npy", "model.pt", "samples.npy", "samples.png"}
 TINY = "--steps 1 --batch-size 4 --samples 3 --sample-steps 1".split()
 RUN = "--steps 102 --batch-size 8 --lr 5e-3 --samples 8 --sample-steps 5".split()
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # numpy, failing
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # numpy, urllib, failing
 
 
 def pixels(*shape):
@@ -120,18 +120,19 @@ def test_committed_digits_are_those_of_the_original_files():
 
 
 def test_digits_are_downloaded_once_or_refused_in_one_line(
-    data, small, refuses, tmp_path, capsys, monkeypatch
+    server, data, small, refuses, tmp_path, capsys, monkeypatch
 ):
-    """Refused: other bytes, no such file, no server; and any other file is not downloaded."""
+    """Refused: 404, other bytes, cut off, no server; and any other file is not downloaded."""
+    monkeypatch.chdir(data.parent)  # this is served
     monkeypatch.setattr(ddpm_mnist, "SHA256", hashlib.sha256(data.read_bytes()).hexdigest())
     monkeypatch.setattr(ddpm_mnist, "MNIST", tmp_path / "sub" / "mnist.npz")
-    for url in (SCRIPT.as_uri(), f"{data.as_uri()}.gz", "http://127.0.0.1:1"):
+    for url in (f"{server}/no", f"{server}/", f"{server}/cut/mine.npz", "http://127.0.0.1:1"):
         monkeypatch.setattr(ddpm_mnist, "URL", url)
         with pytest.raises(SystemExit, match="^2$"):
             main("--out", tmp_path / "out")
         line = capsys.readouterr().err.rstrip().splitlines()[-1]
         assert "error: " in line and str(ddpm_mnist.MNIST) in line
-    monkeypatch.setattr(ddpm_mnist, "URL", data.as_uri())
+    monkeypatch.setattr(ddpm_mnist, "URL", f"{server}/mine.npz")
     other = tmp_path / "sub" / "mnits.npz"
     refuses(ddpm_mnist.main, [*TINY, "--data", other, "--out", tmp_path / "out"], other)
     assert files(tmp_path) == {} and not (tmp_path / "out").exists()
@@ -140,6 +141,7 @@ def test_digits_are_downloaded_once_or_refused_in_one_line(
         assert capsys.readouterr().out.count(f"{ddpm_mnist.MNIST} is missing: downl") == times
     assert ddpm_mnist.MNIST.read_bytes() == data.read_bytes()
     assert files(tmp_path).keys() == {"sub/mnist.npz", *(f"out/{name}" for name in FILES)}
+    gc.collect()
 
 
 @given(
