@@ -124,12 +124,12 @@ def test_four_processes_on_601_images(folder):
     assert Path("new0/samples.npy").read_bytes() == Path("out0/samples.npy").read_bytes()
 
 
-def test_resume_in_two_processes_equals_an_uninterrupted_run(folder):
-    """Also after kill -9 while a checkpoint is written."""
-    assert finish(start("none", "--steps 102 --out whole", 2))[0] == 0
-    assert finish(start("kill", "--steps 102", 2))[0] == 1
+@pytest.mark.parametrize(("processes", "code"), [(1, -signal.SIGKILL), (2, 1)])
+def test_resume_after_kill_9_while_saving_equals_an_uninterrupted_run(processes, code, folder):
+    assert finish(start("none", "--steps 102 --out whole", processes))[0] == 0
+    assert finish(start("kill", "--steps 102", processes))[0] == code
     assert steps_done() == 100 and names() == ["model.part", "model.pt"]
-    assert finish(start("none", "--steps 102 --resume", 2))[0] == 0
+    assert finish(start("none", "--steps 102 --resume", processes))[0] == 0
     assert steps_done() == 102 and names() == FILES
     for name in ("model.pt", "samples.npy"):
         assert Path("whole", name).read_bytes() == Path("out", name).read_bytes()
