@@ -59,6 +59,9 @@ MUTANTS = [
     (D2, "(1 - self.alpha_bar[t - 1]) / (1 - alpha_bar) * beta", "beta if t > 1 else 0", "beta for beta-tilde"),
     (D2, "mean + beta_tilde**0.5 * z", "mean + beta_tilde * z", "Algorithm 2, variance for deviation"),
     (D2, "torch.randn_like(xt) if t > 1", "torch.randn_like(xt[:1]) if t > 1", "all samples get the same noise"),
+    (D2, "h + layer(F.silu(h))", "h + layer(h)", "layers without what is not linear"),
+    (D2, "h + layer(F.silu(h))", "h.detach() + layer(F.silu(h))", "no gradient past the layers"),
+    (D2, "xt + self.out(F.silu(h))", "xt + self.out(h)", "the last layer without SiLU"),
     (D2, "    @torch.no_grad()  # in here, not in the loop over its states\n", "", "the sampler keeps all gradients"),
     # DDIM
     (MNIST, "[round(self.T * k / steps) for", "[(self.T - 1) * k // steps for", "diffusers #2585: T is never visited"),

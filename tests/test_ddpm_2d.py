@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -159,6 +160,24 @@ def test_every_layer_is_one_of_its_own_and_gets_a_gradient(width, layers):
     assert sum(p.numel() for p in net.parameters()) == sum(sizes)
     diffusion.p_losses(net, torch.randn(16, 2)).mean().backward()
     assert all(p.grad.any() for p in net.parameters())
+
+
+def test_each_layer_adds_to_what_it_gets_and_silu_lets_only_positive_numbers_through():
+    """Each doubles the positive ones, and adds 20 to all: 50 becomes 120, 260, 540."""
+    net = random_net(50)
+    for p in net.parameters():
+        torch.nn.init.zeros_(p)
+    for layer in net.layers:
+        torch.nn.init.eye_(layer.weight)
+        torch.nn.init.constant_(layer.bias, 20)
+    torch.nn.init.constant_(net.out.weight, 1 / 128)  # the mean
+    for start, end, slope in ((50, 540, 8), (-50, 10, 1), (-100, 0, 0)):
+        torch.nn.init.constant_(net.inp.bias, start)
+        net.inp.bias.grad = None
+        got = net(torch.zeros(1, 2), torch.ones(1))[0, 0]
+        got.backward()
+        assert got.item() == pytest.approx(end, abs=0.01)
+        assert net.inp.bias.grad.sum().item() == pytest.approx(slope, abs=0.01)
 
 
 # points of files
@@ -367,7 +386,8 @@ def test_every_panel_shows_the_state_of_its_title_and_has_room(T, toys, folder, 
 
 
 WRONG = ["--T 20", "--T 10000000000", "--steps 0", "--batch-size -3", "--samples 0", "--seed -1"]
-WRONG += ["--lr -1", "--lr nan", "--device gpu", "--steps x", "--out file", "--data moon"]
+WRONG += ["--lr -1", "--lr nan", "--device gpu", "--steps x", "--data moon", "--out file"]
+WRONG += [f"--out {Path('file', 'below')}"]
 HINTS = {"--T 20": "21", "--device gpu": "cpu", "--data moon": "toy sets: 8gaussians, moons"}
 
 
@@ -391,10 +411,9 @@ def test_loss_that_is_not_finite_ends_and_keeps_the_old_model(tmp_path):
 
 def test_scores_of_many_samples_need_little_memory(toys):
     """All densities of 30,000 samples and 1,200 centers at once are 36 million numbers."""
+    samples = torch.randn(30_000, 2)
     with mock.patch("torch.cdist", wraps=torch.cdist) as cdist:
-        judged(
-            toys["moons"], Diffusion(linear_schedule(21)), lambda xt, t: xt, torch.randn(30_000, 2)
-        )
+        judged(toys["moons"], Diffusion(linear_schedule(21)), lambda xt, t: xt, samples)
     sizes = [len(x) * len(centers) for (x, centers), _ in cdist.call_args_list]
     assert 1e6 < max(sizes) < 2e7
 
