@@ -261,7 +261,7 @@ def main(argv=()):
     limits = {"steps": 1, "batch_size": 1, "lr": 0, "T": 21, "samples": 1, "seed": 0}
     for name, least in limits.items():
         if not least <= getattr(args, name) <= 1e9:
-            parser.error(f"--{name.replace('_', '-')} {vars(args)[name]}, not {least} to 1e9")
+            parser.error(f"--{name.replace('_', '-')} {vars(args)[name]}: choose {least} to 1e9")
     sigma = 0.08 if args.data in TOYS else 0.0  # when the data have variance 1
     checked = f"--data {args.data} (toy sets: {', '.join(TOYS)})"  # what an error is about
     try:

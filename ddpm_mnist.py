@@ -6,7 +6,7 @@ python ddpm_mnist.py --data mine.npz                  x_train uint8 [n, H, W(, C
 torchrun --nproc-per-node 8 ddpm_mnist.py             eight GPUs, eight times the batch
 
 As in the paper: Eq. (4), a U-Net, an average of its weights. New: a cosine schedule, v in place of
-eps, DDIM, guided labels. Our own: t is drawn by p(t) = (2 t - 1) / T^2; noisy steps shape a digit.
+eps, DDIM, classifier-free guidance. Our own: p(t) = (2 t - 1) / T^2, as large t shape the digit.
 """
 
 import os
@@ -30,22 +30,22 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # number of processes
 
 
 def cosine_schedule(T):
-    """beta_1, ..., beta_T [T] of the alpha_bar of Nichol & Dhariwal, Eq. (17)."""
+    """beta_t [T], t = 1, ..., T, from the alpha_bar_t of Nichol & Dhariwal 2021, Eq. (17)."""
     u = torch.linspace(0, 1, T + 1, dtype=torch.float64)  # t / T
     f = torch.cos((u + 0.008) / 1.008 * torch.pi / 2) ** 2  # alpha_bar_t = f_t / f_0
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)  # beta_T = 1 would leave alpha_bar_T = 0
 
 
 class Diffusion(nn.Module):
-    """q(x_t | x_0), and samples by any model (x_t, t [B]) -> eps. beta [T] is of t = 1, ..., T."""
+    """q(x_t | x_0) and samples by a model (x_t, t [B]) -> eps: see denoiser. beta [T], t = 1..T."""
 
     def __init__(self, beta):
         super().__init__()
         self.T = len(beta)
         alpha_bar = F.pad(torch.cumprod(1 - beta, 0), (1, 0), value=1.0)  # [T + 1], from t = 0 on
-        self.alpha_bar = alpha_bar.tolist()  # Python floats, for one step at a time
-        self.signal = nn.Buffer(alpha_bar.sqrt().float(), persistent=False)  # of x_0, for t [B]
-        self.noise = nn.Buffer((1 - alpha_bar).sqrt().float(), persistent=False)  # of eps
+        self.alpha_bar = alpha_bar.tolist()  # float64 numbers, for one step of all images
+        self.signal = nn.Buffer(alpha_bar.sqrt().float(), persistent=False)  # for steps t [B]
+        self.noise = nn.Buffer((1 - alpha_bar).sqrt().float(), persistent=False)
 
     def q_sample(self, x0, t, eps):
         """x_t from x_0 [B, ...], steps t [B] and noise eps [B, ...]: DDPM Eq. (4)."""
@@ -57,7 +57,7 @@ class Diffusion(nn.Module):
         t = t.view(-1, *[1] * (x0.ndim - 1))  # [B, 1, ...]
         return self.signal[t] * eps - self.noise[t] * x0
 
-    @torch.no_grad()
+    @torch.no_grad()  # in here, not in the loop over its states
     def ddim_sample_loop(self, model, xt, steps=50, eta=0.0):
         """DDIM (Song, Meng & Ermon 2020; their alpha is our alpha_bar): yields x_T, ..., x_0, which
         are steps + 1 states. eta = 1 with T steps is Algorithm 2 with sigma_t^2 = beta-tilde_t."""
@@ -75,13 +75,13 @@ class Diffusion(nn.Module):
 
 
 def denoiser(net, diffusion, y, guidance=1.0):
-    """Turns a network of v and labels y [B] into the model (x_t, t) -> eps of a sampler. Guidance
-    is 1 + w of Ho & Salimans 2022, Eq. (6), the same on v, affine in eps: 1 is off, 0 ignores y.
-    The sampler gets this x_0 back from eps, so no error of v is divided by signal, 5e-5 at T."""
+    """Turns a network of v and labels y [B] into the model (x_t, t) -> eps of a sampler. Guidance,
+    1 + w in Ho & Salimans 2022, Eq. (6), is the same on v: at a given x_t, v is affine in eps. The
+    sampler gets the clipped x_0 back from eps: no error of v is divided by signal, 5e-5 at T."""
 
     def model(xt, t):
         v = net(xt, t, y)
-        v = v if guidance == 1 else torch.lerp(net(xt, t), v, guidance)  # > 1 goes beyond v
+        v = v if guidance == 1 else torch.lerp(net(xt, t), v, guidance)  # 0 ignores y
         signal = diffusion.signal[t, None, None, None]  # [B, 1, 1, 1]
         noise = diffusion.noise[t, None, None, None]
         x0 = (signal * xt - noise * v).clamp(-1, 1)  # clipped, as in the code of DDPM
@@ -110,7 +110,7 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """v_theta(x_t, t, y) of images [B, C, H, W]; y = self.classes or None means "not told"."""
+    """v_theta(x_t, t, y) of images [B, C, H, W]; y = self.classes, or None, means "no label"."""
 
     def __init__(self, channels=1, classes=10, width=32):
         super().__init__()
@@ -147,7 +147,7 @@ class UNet(nn.Module):
 
 
 def load_images(path):
-    """Of an .npz file: images uint8 [n, C, H, W], labels 0, 1, ... [n], what these stand for."""
+    """From an .npz file: images uint8 [n, C, H, W], labels 0, 1, ... [n], and the labels' names."""
     if path == MNIST and not path.exists():
         print(f"{path} is missing: downloading {URL}")
         path.parent.mkdir(exist_ok=True)
@@ -166,14 +166,14 @@ def load_images(path):
 
 
 def train(args, diffusion, net, x, y, saved):
-    """Algorithm 1 for v, a tenth of labels not told. Returns an average of steps / 20 weights."""
+    """Algorithm 1 for v; a tenth of the labels is hidden. Returns an EMA over about steps / 20."""
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / (1 + args.steps / 20)))
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99))
     parts = {"net": net, "ema": average.module, "optimizer": optimizer}
     file = args.out / "model.part"
     losses = saved["losses"]  # the same list: what is appended here is saved below
     if args.resume:
-        average.n_averaged += len(losses)  # not in ema; at 0 the next update copies net
+        average.n_averaged += len(losses)  # is not saved; at 0 the next update would copy net
         for name, part in parts.items():
             part.load_state_dict(saved.pop(name))  # frees memory
     learner = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
@@ -184,12 +184,12 @@ def train(args, diffusion, net, x, y, saved):
             pick = torch.randint(len(x), (args.batch_size,))
             x0 = x[pick].to(args.device) / 127.5 - 1  # [B, C, H, W]
             label = y[pick].masked_fill(torch.rand(len(pick)) < 0.1, net.classes).to(args.device)
-            u = (torch.arange(1, len(x0) + 1) - torch.rand(1)) / len(x0)  # even: less noise
+            u = (torch.arange(1, len(x0) + 1) - torch.rand(1)) / len(x0)  # one in each 1/B of 0..1
             t = (diffusion.T * u.sqrt()).ceil().long().to(args.device)  # P(t <= k) = (k / T)^2
             eps = torch.randn_like(x0)
             v = learner(diffusion.q_sample(x0, t, eps), t, label)
             loss = F.mse_loss(v, diffusion.velocity(x0, t, eps))
-            warmup = min(1, 20 * (step + 1) / args.steps)
+            warmup = min(1, 20 * (step + 1) / args.steps)  # in the first twentieth
             optimizer.param_groups[0]["lr"] = args.lr * warmup * (1 - step / args.steps)
             optimizer.zero_grad()
             loss.backward()
@@ -203,7 +203,7 @@ def train(args, diffusion, net, x, y, saved):
             if RANK == 0 and (len(losses) % 100 == 0 or len(losses) == args.steps):
                 try:
                     torch.save(saved | {k: v.state_dict() for k, v in parts.items()}, file)
-                    file.replace(args.out / "model.pt")  # a kill leaves the old or the new
+                    file.replace(args.out / "model.pt")  # if killed: the old or the new
                 except (OSError, RuntimeError) as error:  # a full disk; on Windows, a file in use
                     if len(losses) == args.steps:
                         file.unlink(missing_ok=True)
@@ -213,7 +213,7 @@ def train(args, diffusion, net, x, y, saved):
 
 
 def draw(args, diffusion, net, shape, labels, picks):
-    """Draws images of the labels numbered by picks, in turn, and writes them to args.out."""
+    """Draws args.samples images, of labels[k] for each k of picks in turn, into args.out."""
     torch.manual_seed(args.seed)
     y = np.resize(picks, args.samples)  # repeats them
     images = []  # uint8 [B, C, H, W]
@@ -240,23 +240,23 @@ def main(argv=()):
     add("--steps", type=int, default=4000, help="training steps")
     add("--batch-size", type=int, default=64, help="images at a time, in each process")
     add("--width", type=int, default=32, choices=(16, 32, 64, 128), help="channels, 64 for photos")
-    add("--lr", type=float, default=2e-3, help="peak learning rate")
-    add("--samples", type=int, default=100, help="images to draw, the labels in turn")
-    add("--label", help="draw only this one; None is all of them")
+    add("--lr", type=float, default=2e-3, help="learning rate, before warm-up and decay")
+    add("--samples", type=int, default=100, help="images to draw, one label after another")
+    add("--label", help="draw only this label; None means all")
     add("--sample-steps", type=int, default=50, help="steps of DDIM, 1 to 1000")
-    add("--eta", type=float, default=1.0, help="noise of DDIM: 0 is none, 1 that of DDPM")
-    add("--guidance", type=float, default=1.0, help="1 is off; more makes labels clearer, if any")
+    add("--eta", type=float, default=1.0, help="noise of DDIM: 0 is none, 1 as in DDPM")
+    add("--guidance", type=float, default=1.0, help="1 is off; more makes the labels clearer")
     add("--seed", type=int, default=0, help="of the random numbers")
     add("--device", default=device, choices=sorted({"cpu", device}), help="where to compute")
     add("--out", type=Path, default="runs/ddpm_mnist", help="folder for all files")
-    add("--load", type=Path, help="do not train: draw with this model.pt, whatever --data, --width")
+    add("--load", type=Path, help="draw with this model.pt, no training: --data, --width not used")
     add("--resume", action="store_true", help="go on with the training of the model.pt in --out")
     args = parser.parse_args(argv)
     limits = {"steps": (1, 1e7), "batch_size": (1, 1e7), "lr": (0, 1e3), "samples": (1, 1e9)}
     limits |= {"sample_steps": (1, 1e3), "eta": (0, 1), "guidance": (0, 1e3), "seed": (0, 1e9)}
-    for name, (low, high) in limits.items():
-        if not low <= vars(args)[name] <= high:
-            parser.error(f"--{name.replace('_', '-')} {vars(args)[name]}, not {low:g} to {high:g}")
+    for name, (lo, hi) in limits.items():
+        if not lo <= vars(args)[name] <= hi:
+            parser.error(f"--{name.replace('_', '-')} {vars(args)[name]}: choose {lo:g} to {hi:g}")
     if WORLD > 1:  # under torchrun; device -1 is none
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if torch.cuda.is_available() else -1)
         distributed.init_process_group()
@@ -277,7 +277,7 @@ def main(argv=()):
                 saved = torch.load(args.out / "model.pt", map_location="cpu")
                 changed = [name for name in config if saved["config"][name] != config[name]]
                 if changed or "optimizer" not in saved:
-                    raise ValueError(f"weights alone, or other {', '.join(changed)} than before")
+                    raise ValueError(f"not the same run: {', '.join(changed) or 'only weights'}")
         shape, labels, width = [config[name] for name in ("shape", "labels", "width")]
         checked = f"--label {args.label}, of {labels}"
         picks = [[*map(str, labels)].index(args.label)] if args.label else range(len(labels))

@@ -1,31 +1,32 @@
 """The first diffusion model, Sohl-Dickstein et al. 2015 (arXiv 1503.03585), on its swiss roll.
 
 Forward. In T = 40 steps q turns a point x_0 of the data into noise. Each step shrinks the point and
-adds Gaussian noise, so the way from x_0 to x_t is Gaussian, too:
+adds Gaussian noise, so x_t given x_0 is Gaussian:
     q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)                        Table App.1
     q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)
     alpha_bar_t = (1 - beta_1) ... (1 - beta_t), the part of the variance of x_t that is data
 
 Reverse. p starts with x_T ~ N(0, I) and takes the steps back. For small beta_t a step back is
-nearly Gaussian, too, so a network only has to give its mean and its covariance:
+nearly Gaussian as well, so a network only has to give its mean and its covariance:
     p(x_{t-1} | x_t) = N(f_mu(x_t, t), f_Sigma(x_t, t))                             Table App.1
 
 Bound. Training maximises K, a lower bound on the mean of log p(x_0):
     K = - sum_{t=2..T} E KL[ q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ]
         + H_q(X_T | X_0) - H_q(X_1 | X_0) - H_p(X_T)                                    Eq. (14)
 If x_0 is known, the step back is Gaussian by Bayes' rule: q(x_{t-1} | x_t, x_0). So each KL and
-each entropy H has a formula, and only the mean E over x_0 and x_t is sampled. No term of K needs
-two of the x_t, so each is drawn by itself.
+each entropy H has a formula. Only the mean E over x_0 and x_t, for one t at a time, is sampled.
 
-Learned are the network and beta_2, ..., beta_T. On a curve K would grow without limit as beta_1
--> 0, so beta_1 is fixed (Sec. 2.4.1). So is the last step back, a forward step (App. B.2). As
-E[x_0^2] = 1 on each axis, E log p(x_0 | x_1) = -H_q(X_1 | X_0) and E log p(x_T) = -H_p(X_T).
+The network and beta_2, ..., beta_T are learned. On a curve K would grow without limit as beta_1 ->
+0, so beta_1 is fixed (Sec. 2.4.1). The last step back is fixed to a forward step, against an edge
+effect (App. B.2). As E[x_0^2] = 1 on each axis, E log p(x_0 | x_1) = -H_q(X_1 | X_0) is then known,
+and so is E log p(x_T) = -H_p(X_T).
 
-Result. K - L_null in bits per point; L_null is the K of N(0, I), an untrained p. p(x_0 | x_1) and
-q(x_1 | x_0) cancel in the mean, so K also bounds that of log p(x_1). Its ceiling is -h(q(x_1)), h
-the entropy. Roll and beta_1 set it: K - L_null is at most 6.70 if beta_1 is 1e-5, and 5.03 if it is
-1e-4. So compare K with its ceiling, not with the 6.45 of Table 1, on a roll that is not described.
-Not from the paper: roll, beta_1, first schedule, guess of x_0 in f_mu, Adam, all of --net mlp.
+Result. K - L_null in bits per point. L_null is the K of an untrained p: all its steps are forward
+steps, which leave N(0, I) as it is. p(x_0 | x_1) and q(x_1 | x_0) cancel in the mean, so K is at
+most E log p(x_1), and that at most -h(q(x_1)), h the entropy. This ceiling depends on roll and
+beta_1: K - L_null is at most 6.70 if beta_1 is 1e-5, 5.03 if it is 1e-4. So compare it with its
+ceiling, and not with the 6.45 of Table 1, whose roll the paper does not describe.
+Also ours: the schedule before training, the guess of x_0 in f_mu, Adam, --net mlp.
 """
 
 import json
@@ -45,7 +46,7 @@ DEFAULTS = {"rbf": {"steps": 10_000, "lr": 0.04}, "mlp": {"steps": 2500, "lr": 0
 
 
 def roll_curve(u, noise=0.0):
-    """scikit-learn's roll at u in [0, 1]: [..., 2]; with its noise, mean 0 and variance 1."""
+    """scikit-learn's roll at u in [0, 1]: [..., 2], of mean 0 and variance 1 with its noise."""
     angle = 1.5 * math.pi * (1 + 2 * u)
     spiral = torch.stack([angle * angle.cos(), angle * angle.sin()], -1)
     mean = torch.tensor([2, 2 / (3 * math.pi)])  # E[x] over u, by integration
@@ -54,7 +55,7 @@ def roll_curve(u, noise=0.0):
 
 
 def make_swiss_roll(n, noise=0.0):
-    """n random points [n, 2], one from each n-th of 0 <= u <= 1, so that batches differ less."""
+    """n random points [n, 2], one in each 1/n of 0 <= u <= 1, so that batches differ less."""
     return roll_curve((torch.arange(n) + torch.rand(n)) / n, noise) + noise * torch.randn(n, 2)
 
 
@@ -67,8 +68,8 @@ def ceiling_bits(noise, beta1):
 
 
 def kl_bits(mean_q, var_q, mean_p, var_p, slope):
-    """KL(q || p) in bits for points (a, b). In q, a and b are independent; in p, b given a has mean
-    mean_b + slope (a - mean_a) and variance var_p[1]. Chain rule: KL of a, plus KL of b given a."""
+    """KL(q || p) in bits for points (a, b). q: a and b are independent. p: b given a has the mean
+    mean_b + slope (a - mean_a), the variance var_p[1]. Chain rule: KL of a plus KL of b given a."""
     da, db = (mean_q - mean_p).unbind(-1)
     square = torch.stack([da**2, (db - slope * da) ** 2 + slope**2 * var_q[..., 0]], -1)
     nats = (torch.log(var_p / var_q) + (var_q + square) / var_p - 1) / 2  # [..., 2]
@@ -102,22 +103,22 @@ class DiffusionModel(nn.Module):
     def __init__(self, net, full=False, T=40, beta1=1e-5, learn_schedule=True):
         super().__init__()
         self.net = net
-        self.full = full  # f_Sigma a full matrix, out scaled; or diagonal as in the paper
+        self.full = full  # for --net mlp: f_Sigma is a full matrix, and out is scaled
         self.T = T
         self.beta1 = beta1
         log_snr = torch.linspace(math.log(1 / beta1 - 1), -1, T, dtype=torch.float64)
-        alpha_bar = torch.sigmoid(log_snr)  # at first; alpha_bar_T is 0.27, then learned
+        alpha_bar = torch.sigmoid(log_snr)  # t = 1..T before training; T has 0.27
         beta = 1 - alpha_bar[1:] / alpha_bar[:-1]  # beta_2, ..., beta_T
         self.logit_beta = nn.Parameter(beta.logit().float(), requires_grad=learn_schedule)
-        units = net(torch.zeros(1, 2)).shape[-1]  # readout[1] is not in K, so it stays 0
-        self.readout = nn.Parameter(torch.zeros(T + 1, units, 5 if full else 4))
+        units = net(torch.zeros(1, 2)).shape[-1]
+        self.readout = nn.Parameter(torch.zeros(T + 1, units, 5 if full else 4))  # [1] is not in K
 
     def reverse(self, xt, t, s):
-        """Mean, variances and slope (see kl_bits) of p(x_{t-1} | x_t). A readout of 0 makes it a
-        forward step, N(sqrt(1 - beta_t) x_t, beta_t I), as before training, and always at t = 1."""
+        """Mean, variances and slope (see kl_bits) of p(x_{t-1} | x_t). If readout is 0, as before
+        training and always at t = 1, Bayes' rule makes the mean that of a forward step."""
         out = self.net(xt) @ self.readout[t]  # [S, B, 4 or 5]
-        scale = s.var[t].sqrt() if self.full else 1  # then the out that gives x_0 has variance 1
-        guess = s.alpha_bar[t].sqrt() * xt + scale * out[..., :2]  # of x_0: best linear one + out
+        scale = s.var[t].sqrt() if self.full else 1  # of x_0 - sqrt(alpha_bar_t) x_t
+        guess = s.alpha_bar[t].sqrt() * xt + scale * out[..., :2]  # of x_0
         mean, _ = s.q_posterior(guess, xt, t)  # [S, B, 2]
         var = torch.sigmoid(out[..., 2:4] + s.beta[t].logit())  # [S, B, 2], Eq. (64)
         slope = out[..., 4] if self.full else torch.zeros_like(out[..., 0])  # [S, B]
@@ -154,7 +155,7 @@ class RBFNetwork(nn.Module):
     def __init__(self):
         super().__init__()
         curve = roll_curve((torch.arange(8) + 0.5) / 8)
-        self.center = nn.Parameter(torch.cat([0.85 * curve, 1.15 * curve]))  # on both sides of it
+        self.center = nn.Parameter(torch.cat([0.85 * curve, 1.15 * curve]))  # our start: in and out
         self.log_width = nn.Parameter(torch.full((16,), math.log(0.5)))
 
     def forward(self, x):
@@ -178,7 +179,7 @@ class MLP(nn.Module):
 
 
 def train(model, noise, steps, batch_size, lr):
-    """Maximises K. The rate rises to lr, then falls (and Adam's 0.95, then rises). K - L_null."""
+    """Maximises K. Returns K - L_null of each step. OneCycleLR moves Adam's 0.95 as well."""
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.95, 0.99), maximize=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.15)
     history = []
@@ -198,13 +199,13 @@ def train(model, noise, steps, batch_size, lr):
 
 
 def evaluate(model, noise, samples):
-    """K on 65,536 fresh points, to about 0.01, and the share of samples [n, 2] off the curve."""
+    """K on 65,536 fresh points (standard error 0.01), and the share of samples off the curve."""
     batches = [make_swiss_roll(1024, noise) for _ in range(64)]
     K = torch.cat([model.bound(x0)[0] for x0 in tqdm(batches, "evaluate")]).mean().item()
     curve = roll_curve(torch.linspace(0, 1, 5000), noise)
-    tolerance = 0.1 + 3 * math.sqrt(noise**2 + 2 * model.beta1)  # x_1 and x_0 add beta_1 each
+    tolerance = 0.1 + 3 * math.sqrt(noise**2 + 2 * model.beta1)  # 0.1: ours; x_1, x_0 add beta_1
     off = 0
-    for part in samples.split(1000):  # a list of tensors would fragment the memory: gigabytes
+    for part in samples.split(1000):  # [1000, 5000] distances at a time
         off += (torch.cdist(part, curve).amin(1) > tolerance).sum().item()
     return {
         "K_minus_null_bits": K - L_NULL,
@@ -228,7 +229,7 @@ def draw(out, model, noise, states, history):
         p.scatter(*states[t][:5000].numpy().T, s=2, lw=0, color="tab:orange")
         p.set_title(f"$p(x_t)$, $t$ = {t}")
         near = grid[torch.cdist(grid, xt).amin(1) < 0.3]  # elsewhere the network saw no x_t
-        mean, _, _ = model.reverse(near, max(t, 2), s)  # none is learned below 2
+        mean, _, _ = model.reverse(near, max(t, 2), s)  # learned for t >= 2
         drift.scatter(*xt.numpy().T, s=2, lw=0, color="lightblue")
         drift.quiver(*near.numpy().T, *(mean - near).numpy().T, angles="xy", width=0.004)
         drift.set_title(rf"$f_\mu(x_t, t) - x_t$, $t$ = {max(t, 2)}")
@@ -251,13 +252,13 @@ def main(argv=()):
     parser = ArgumentParser(description=about, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    add("--net", default="rbf", choices=["rbf", "mlp"], help="mlp: full covariance, own steps, lr")
+    add("--net", default="rbf", choices=["rbf", "mlp"], help="mlp: stronger, a full covariance")
     add("--noise", type=float, default=0.0, help="standard deviation around the roll, 0 to 0.1")
     add("--beta1", type=float, default=1e-5, help="variance of the first step, 1e-7 to 0.01")
-    fixed = "do not learn beta: alpha_bar_T stays 0.27, although p starts at N(0, I)"
+    fixed = "do not learn beta: alpha_bar_T stays 0.27, although p starts at N(0, I), which has 0"
     add("--fixed-schedule", action="store_true", help=fixed)
     add("--steps", type=int, default=SUPPRESS, help="training steps (default: 10000, mlp: 2500)")
-    add("--batch-size", type=int, default=256, help="points of a training step")
+    add("--batch-size", type=int, default=256, help="points per training step")
     add("--lr", type=float, default=SUPPRESS, help="highest rate (default: 0.04, mlp: 0.008)")
     add("--T", type=int, default=40, help="steps of the diffusion, 2 to 1000")
     add("--samples", type=int, default=10_000, help="samples to draw")
@@ -268,10 +269,9 @@ def main(argv=()):
     args = Namespace(**DEFAULTS[args.net] | vars(args))
     limits = {"noise": (0, 0.1), "beta1": (1e-7, 0.01), "lr": (1e-9, 10), "T": (2, 1000)}
     limits |= {"steps": (1, 1e6), "batch_size": (1, 1e6), "samples": (1, 1e6), "seed": (0, 1e9)}
-    for name, (low, high) in limits.items():
-        if not low <= vars(args)[name] <= high:
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag} {vars(args)[name]}: choose {low:g} to {high:g}")
+    for name, (lo, hi) in limits.items():
+        if not lo <= vars(args)[name] <= hi:
+            parser.error(f"--{name.replace('_', '-')} {vars(args)[name]}: choose {lo:g} to {hi:g}")
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -292,7 +292,7 @@ def main(argv=()):
 
     draw(args.out, model, args.noise, states, history)
     print("\n".join(f"{name:24}{value:8.3f}" for name, value in metrics.items()))
-    print(f"Table 1 has 6.45 bits, on a roll that it does not state. All files are in {args.out}")
+    print(f"Table 1 has 6.45 bits, for a roll that is not described. All files are in {args.out}")
     return metrics
 
 

@@ -231,7 +231,7 @@ def test_output_depends_on_every_parameter_and_image_time_and_label_alone():
     out = net(x, t, y)
     for other in (net(x + 0.1, t, y), net(x, t + 1, y), net(x, t, y + 1), net(x, t)):
         assert ((other - out).abs().amax((1, 2, 3)) > 1e-3).all()
-    assert_close(net(x, t), net(x, t, torch.full((5,), 10)))  # "not told"
+    assert_close(net(x, t), net(x, t, torch.full((5,), 10)))  # no label
     assert_close(net(x[1:2], t[1:2], y[1:2]), out[1:2], rtol=1e-4, atol=1e-4)
     out.square().mean().backward()
     for name, p in net.named_parameters():
@@ -470,7 +470,7 @@ def test_resume_names_what_is_not_as_it_was(two, data, copy, refuses, tmp_path, 
     for names, more in flags.items():
         argv = ["--data", data, *RUN, "--resume", "--out", copy, *more.split()]
         monkeypatch.setattr(ddpm_mnist, "WORLD", 2 if names == "processes" else 1)
-        refuses(ddpm_mnist.main, argv, "--resume", f"weights alone, or other {names} than before")
+        refuses(ddpm_mnist.main, argv, "--resume", f"not the same run: {names or 'only weights'}")
     assert files(tmp_path) == before
 
 
