@@ -207,7 +207,7 @@ def test_recipe_idx_files(recipe, tmp_path):
 def test_recipe_go_on_from_the_committed_weights(recipe):
     with np.load("data/mnist.npz") as arrays:
         np.savez("mine.npz", x_train=arrays["x_train"], y_train=arrays["y_train"] // 4)
-    names = recipe("Go on from the committed weights", smaller=[('"1000"', TINY)])
+    names = recipe("Go on from the included weights", smaller=[('"1000"', TINY)])
     assert torch.load("runs/mine/model.pt")["losses"][0] < 0.4  # random weights: 1
     old = torch.load("weights/ddpm_mnist.pt")["ema"]
     three = names["StartedUNet"](1, 3, 32).state_dict()
