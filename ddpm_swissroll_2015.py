@@ -1,10 +1,10 @@
-"""The first diffusion model, Sohl-Dickstein et al. 2015 (arXiv 1503.03585), on its swiss roll.
+"""The first diffusion model, Sohl-Dickstein et al. 2015 (arXiv 1503.03585), on a swiss roll.
 
 Forward. In T = 40 steps q turns a point x_0 of the data into noise. Each step shrinks the point and
 adds Gaussian noise, so x_t given x_0 is Gaussian:
     q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)                        Table App.1
     q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)
-    alpha_bar_t = (1 - beta_1) ... (1 - beta_t), the part of the variance of x_t that is data
+    alpha_bar_t = (1 - beta_1) ... (1 - beta_t), the share of the variance of x_t due to the data
 
 Reverse. p starts with x_T ~ N(0, I) and takes the steps back. For small beta_t a step back is
 nearly Gaussian as well, so a network only has to give its mean and its covariance:
@@ -14,19 +14,19 @@ Bound. Training maximises K, a lower bound on the mean of log p(x_0):
     K = - sum_{t=2..T} E KL[ q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ]
         + H_q(X_T | X_0) - H_q(X_1 | X_0) - H_p(X_T)                                    Eq. (14)
 If x_0 is known, the step back is Gaussian by Bayes' rule: q(x_{t-1} | x_t, x_0). So each KL and
-each entropy H has a formula. Only the mean E over x_0 and x_t, for one t at a time, is sampled.
+each entropy H has a formula. Only the mean E over x_0 and x_t is sampled, with noise for each t.
 
-The network and beta_2, ..., beta_T are learned. On a curve K would grow without limit as beta_1 ->
-0, so beta_1 is fixed (Sec. 2.4.1). The last step back is fixed to a forward step, against an edge
-effect (App. B.2). As E[x_0^2] = 1 on each axis, E log p(x_0 | x_1) = -H_q(X_1 | X_0) is then known,
-and so is E log p(x_T) = -H_p(X_T).
+The network and beta_2, ..., beta_T are learned. If the data are a curve, K has no limit as beta_1
+-> 0, so beta_1 is fixed (Sec. 2.4.1). The last step back is fixed to a forward step (App. B.2). As
+E[x_0^2] = 1 on each axis, -H_q(X_1 | X_0) is then its E log p(x_0 | x_1), and -H_p(X_T) is
+E log p(x_T).
 
 Result. K - L_null in bits per point. L_null is the K of an untrained p: all its steps are forward
-steps, which leave N(0, I) as it is. p(x_0 | x_1) and q(x_1 | x_0) cancel in the mean, so K is at
-most E log p(x_1), and that at most -h(q(x_1)), h the entropy. This ceiling depends on roll and
-beta_1: K - L_null is at most 6.70 if beta_1 is 1e-5, 5.03 if it is 1e-4. So compare it with its
-ceiling, and not with the 6.45 of Table 1, whose roll the paper does not describe.
-Also ours: the schedule before training, the guess of x_0 in f_mu, Adam, --net mlp.
+steps, which are reversible under N(0, I), so K is E log N(x_0; 0, I). On average q(x_1 | x_0) and
+p(x_0 | x_1) cancel, so K bounds E log p(x_1), which is at most -h(q(x_1)), as KL >= 0; h is the
+entropy. This ceiling depends on roll and beta_1: K - L_null is at most 6.70 if beta_1 is 1e-5, and
+5.03 if it is 1e-4. Compare K - L_null with this, not with the 6.45 of Table 1, for another roll.
+Ours: roll, beta_1, schedule before training, guess of x_0 in f_mu, optimizer, all of --net mlp.
 """
 
 import json
@@ -46,7 +46,7 @@ DEFAULTS = {"rbf": {"steps": 10_000, "lr": 0.04}, "mlp": {"steps": 2500, "lr": 0
 
 
 def roll_curve(u, noise=0.0):
-    """scikit-learn's roll at u in [0, 1]: [..., 2], of mean 0 and variance 1 with its noise."""
+    """scikit-learn's roll at u in [0, 1]: [..., 2]; mean 0 and variance 1, once noise is added."""
     angle = 1.5 * math.pi * (1 + 2 * u)
     spiral = torch.stack([angle * angle.cos(), angle * angle.sin()], -1)
     mean = torch.tensor([2, 2 / (3 * math.pi)])  # E[x] over u, by integration
@@ -103,21 +103,21 @@ class DiffusionModel(nn.Module):
     def __init__(self, net, full=False, T=40, beta1=1e-5, learn_schedule=True):
         super().__init__()
         self.net = net
-        self.full = full  # for --net mlp: f_Sigma is a full matrix, and out is scaled
+        self.full = full  # for --net mlp: f_Sigma is a full matrix, out in units of std
         self.T = T
         self.beta1 = beta1
         log_snr = torch.linspace(math.log(1 / beta1 - 1), -1, T, dtype=torch.float64)
-        alpha_bar = torch.sigmoid(log_snr)  # t = 1..T before training; T has 0.27
+        alpha_bar = torch.sigmoid(log_snr)  # before training; alpha_bar_T = 0.27
         beta = 1 - alpha_bar[1:] / alpha_bar[:-1]  # beta_2, ..., beta_T
         self.logit_beta = nn.Parameter(beta.logit().float(), requires_grad=learn_schedule)
         units = net(torch.zeros(1, 2)).shape[-1]
-        self.readout = nn.Parameter(torch.zeros(T + 1, units, 5 if full else 4))  # [1] is not in K
+        self.readout = nn.Parameter(torch.zeros(T + 1, units, 5 if full else 4))  # 0, 1 stay 0
 
     def reverse(self, xt, t, s):
         """Mean, variances and slope (see kl_bits) of p(x_{t-1} | x_t). If readout is 0, as before
-        training and always at t = 1, Bayes' rule makes the mean that of a forward step."""
+        training and always at t = 1, the guess sqrt(alpha_bar_t) x_t makes p a forward step."""
         out = self.net(xt) @ self.readout[t]  # [S, B, 4 or 5]
-        scale = s.var[t].sqrt() if self.full else 1  # of x_0 - sqrt(alpha_bar_t) x_t
+        scale = s.var[t].sqrt() if self.full else 1  # std of x_0 - linear guess
         guess = s.alpha_bar[t].sqrt() * xt + scale * out[..., :2]  # of x_0
         mean, _ = s.q_posterior(guess, xt, t)  # [S, B, 2]
         var = torch.sigmoid(out[..., 2:4] + s.beta[t].logit())  # [S, B, 2], Eq. (64)
@@ -155,7 +155,7 @@ class RBFNetwork(nn.Module):
     def __init__(self):
         super().__init__()
         curve = roll_curve((torch.arange(8) + 0.5) / 8)
-        self.center = nn.Parameter(torch.cat([0.85 * curve, 1.15 * curve]))  # our start: in and out
+        self.center = nn.Parameter(torch.cat([0.85 * curve, 1.15 * curve]))  # our start: both sides
         self.log_width = nn.Parameter(torch.full((16,), math.log(0.5)))
 
     def forward(self, x):
@@ -179,7 +179,7 @@ class MLP(nn.Module):
 
 
 def train(model, noise, steps, batch_size, lr):
-    """Maximises K. Returns K - L_null of each step. OneCycleLR moves Adam's 0.95 as well."""
+    """Maximises K. Returns K - L_null of each step. OneCycleLR cycles Adam's 0.95, too."""
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.95, 0.99), maximize=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.15)
     history = []
@@ -203,7 +203,7 @@ def evaluate(model, noise, samples):
     batches = [make_swiss_roll(1024, noise) for _ in range(64)]
     K = torch.cat([model.bound(x0)[0] for x0 in tqdm(batches, "evaluate")]).mean().item()
     curve = roll_curve(torch.linspace(0, 1, 5000), noise)
-    tolerance = 0.1 + 3 * math.sqrt(noise**2 + 2 * model.beta1)  # 0.1: ours; x_1, x_0 add beta_1
+    tolerance = 0.1 + 3 * math.sqrt(noise**2 + 2 * model.beta1)  # ours; x_1, x_0 each add beta_1
     off = 0
     for part in samples.split(1000):  # [1000, 5000] distances at a time
         off += (torch.cdist(part, curve).amin(1) > tolerance).sum().item()
@@ -255,7 +255,7 @@ def main(argv=()):
     add("--net", default="rbf", choices=["rbf", "mlp"], help="mlp: stronger, a full covariance")
     add("--noise", type=float, default=0.0, help="standard deviation around the roll, 0 to 0.1")
     add("--beta1", type=float, default=1e-5, help="variance of the first step, 1e-7 to 0.01")
-    fixed = "do not learn beta: alpha_bar_T stays 0.27, although p starts at N(0, I), which has 0"
+    fixed = "do not learn beta: alpha_bar_T stays 0.27, although p starts at N(0, I), with 0"
     add("--fixed-schedule", action="store_true", help=fixed)
     add("--steps", type=int, default=SUPPRESS, help="training steps (default: 10000, mlp: 2500)")
     add("--batch-size", type=int, default=256, help="points per training step")
