@@ -245,7 +245,7 @@ def main(argv=()):
     add("--label", help="draw only this label; None means all")
     add("--sample-steps", type=int, default=50, help="steps of DDIM, 1 to 1000")
     add("--eta", type=float, default=1.0, help="noise of DDIM: 0 is none, 1 as in DDPM")
-    add("--guidance", type=float, default=1.0, help="1 is off; more makes the labels clearer")
+    add("--guidance", type=float, default=1.0, help="1 is off; more makes labels, if any, clearer")
     add("--seed", type=int, default=0, help="of the random numbers")
     add("--device", default=device, choices=sorted({"cpu", device}), help="where to compute")
     add("--out", type=Path, default="runs/ddpm_mnist", help="folder for all files")
