@@ -55,7 +55,7 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()  # in here, not in the loop over its states
     def p_sample_loop(self, model, xt):
-        """Algorithm 2: yields x_T, ..., x_0. sigma_t^2 is beta-tilde_t; Sec. 3.2 also has beta_t."""
+        """Algorithm 2: yields x_T, ..., x_0. sigma_t^2 is beta-tilde_t (Sec. 3.2: or beta_t)."""
         yield xt
         for t in range(self.T, 0, -1):
             eps = model(xt, torch.full((len(xt),), t, device=xt.device))
@@ -132,7 +132,7 @@ class Mixture(NamedTuple):
 
     def ideal_eps(self, diffusion, xt, t):
         """E[eps | x_t] [n, 2] at steps t [n], the prediction with the least expected error."""
-        signal = diffusion.signal[t, None]  # [n, 1]; cdist has one set of centers: scale x_t instead
+        signal = diffusion.signal[t, None]  # [n, 1]; cdist has one set of centers, so x_t is scaled
         noise = diffusion.noise[t, None]
         var = (signal * self.sigma) ** 2 + noise**2  # of x_t around signal * center
         distance = signal * torch.cdist(xt / signal, self.centers)  # |x_t - signal * center| [n, m]
