@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.draw_mnist import load  # noqa: E402
 from benchmarks.judge_2d import read_run  # noqa: E402
+from benchmarks.judge_mnist import load  # noqa: E402
 from ddpm_mnist import denoiser  # noqa: E402
 
 STEPS = 250  # of DDIM: the states of both sides are those of t = T, T (1 - 1 / STEPS), ..., 0

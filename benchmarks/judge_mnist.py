@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.draw_mnist import load  # noqa: E402
-from ddpm_mnist import denoiser  # noqa: E402
+from ddpm_mnist import Diffusion, UNet, cosine_schedule, denoiser  # noqa: E402
 
 RECOGNISED = """recognised as asked: {recognised:.1%} +- {recognised_error:.1%}
     is the share in which the classifier sees the digit that was asked for (of the real
@@ -51,6 +50,15 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         return self.last(self.features(x))
+
+
+def load(path):
+    """What is in a model.pt, its diffusion and its network."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    config = saved["config"]
+    net = UNet(config["shape"][0], len(config["labels"]), config["width"])
+    net.load_state_dict(saved["ema"])
+    return saved, Diffusion(cosine_schedule(1000)), net
 
 
 def to_input(images):

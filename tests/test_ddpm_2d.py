@@ -1,7 +1,4 @@
-"""What ddpm_2d.py has of its own: exact toy data, network, points of files, from flags to files.
-
-Statistical checks allow six standard errors and are seeded.
-"""
+"""What ddpm_2d.py has of its own: exact toy data, network, points of files, from flags to files."""
 
 import json
 import math
@@ -329,8 +326,7 @@ def test_training_obeys_its_flags_and_shows_the_mean_of_the_last_100_losses(tmp_
 def test_help_shows_the_defaults_which_run_in_a_notebook(tmp_path, monkeypatch, capsys):
     """All numbers of the pages rest on them. In a notebook, sys.argv is that of the kernel."""
     defaults = {"data": "8gaussians", "steps": "4000", "batch-size": "1024", "lr": "0.005"}
-    defaults |= {"T": "1000", "samples": "10000", "seed": "0", "device": "cpu"}
-    defaults["out"] = "runs/ddpm_2d"
+    defaults |= dict(T="1000", samples="10000", seed="0", device="cpu", out="runs/ddpm_2d")
     with pytest.raises(SystemExit, match="^0$"):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.partition("--help ")[2].split())

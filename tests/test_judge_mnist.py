@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import draw_mnist, judge_mnist
+from benchmarks import judge_mnist
 from ddpm_mnist import Diffusion, UNet, cosine_schedule
 
 
@@ -105,7 +105,7 @@ def test_share_recognised_and_frechet_ratio():
 @pytest.fixture
 def argv(tmp_path, monkeypatch):
     """A folder of noise and an untrained network, beside small real data and a classifier."""
-    monkeypatch.setattr(draw_mnist, "cosine_schedule", lambda T: cosine_schedule(21))
+    monkeypatch.setattr(judge_mnist, "cosine_schedule", lambda T: cosine_schedule(21))
     images = np.random.default_rng(0).integers(0, 256, (40, 28, 28), np.uint8)
     y = np.arange(40, dtype=np.uint8) % 10
     np.savez(tmp_path / "data.npz", x_train=images, y_train=y, x_test=images, y_test=y)

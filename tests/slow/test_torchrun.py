@@ -1,7 +1,4 @@
-"""Slow tests of ddpm_mnist.py: several processes, Ctrl-C, kill -9, a full disk, colour.
-
-pytest tests/slow
-"""
+"""Slow tests of ddpm_mnist.py: several processes, Ctrl-C, kill -9, a full disk, colour."""
 
 import os
 import signal
