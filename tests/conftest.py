@@ -1,8 +1,4 @@
-"""Settings for every test: CPU, one thread, repeatable hypothesis, any order, nothing left behind.
-
-HYPOTHESIS_PROFILE=random python -m pytest    other examples each time; a failure can be repeated
-TEST_ORDER=reverse python -m pytest           or a seed for a random order
-"""
+"""Settings for every test: CPU, one thread, repeatable examples, any order, nothing left behind."""
 
 import os
 import random

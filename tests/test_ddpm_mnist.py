@@ -151,12 +151,17 @@ def test_digits_are_downloaded_once_or_refused_in_one_line(
 )
 @example((4, 4), [2**63 - 1, -(2**63), 0], False)
 def test_every_image_keeps_its_pixels_and_its_label(shape, words, column):
-    """Labels may be any integers or words, [n] or [n, 1]."""
+    """Labels may be any integers or words, [n] or [n, 1]. Training gets the same x and k by other
+    names for the same labels, so it gives the same images."""
     images = pixels(len(words), *shape)
-    y = np.array(words)
-    file = npz(io.BytesIO(), x_train=images, y_train=y[:, None] if column else y)
-    file.seek(0)
-    x, k, labels = ddpm_mnist.load_images(file)
+    loaded = []
+    for y in (words, [f"class {sorted(set(words)).index(word):04}" for word in words]):
+        y = np.array(y)[:, None] if column else np.array(y)
+        file = npz(io.BytesIO(), x_train=images, y_train=y)
+        file.seek(0)
+        loaded.append(ddpm_mnist.load_images(file))
+    (x, k, labels), (same_x, same_k, _) = loaded
+    assert torch.equal(x, same_x) and torch.equal(k, same_k)
     assert x.dtype == torch.uint8 and x.shape == (len(words), *[*shape, 1][2:3], *shape[:2])
     assert np.array_equal(x.permute(0, 2, 3, 1).reshape(images.shape), images)
     assert [labels[i] for i in k] == words and labels == sorted(set(words))
