@@ -100,7 +100,7 @@ class NoisePredictor(nn.Module):
     def __init__(self, T, width=128, layers=3):
         super().__init__()
         self.time_freq = nn.Buffer(1000 / T * 10_000 ** (-torch.arange(16) / 16))  # t as 0..1000
-        self.point_freq = nn.Buffer(2 * torch.randn(2, 32))  # 2 by trial; more is finer
+        self.point_freq = nn.Buffer(2 * torch.randn(2, 32))  # 2: how fine; more is finer
         self.inp = nn.Linear(2 + 2 * (32 + 16), width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
         self.out = nn.Linear(width, 2)
@@ -230,7 +230,7 @@ def evaluate(diffusion, net, data, samples):
 
 
 def draw(file, diffusion, data, states):
-    """Forward process q above, reverse process p below: states x_T, ..., x_0, as far as +-2.7."""
+    """q above, p below, whose states are x_T, ..., x_0. The axes, and so the points, end at 2.7."""
     x0 = data.sample(4000)
     figure = Figure(figsize=(13, 5), layout="constrained")
     for column, share in zip(figure.subplots(2, 6).T, (0, 0.04, 0.1, 0.2, 0.5, 1)):

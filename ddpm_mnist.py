@@ -6,7 +6,7 @@ python ddpm_mnist.py --data mine.npz                  x_train uint8 [n, H, W(, C
 torchrun --nproc-per-node 8 ddpm_mnist.py             eight GPUs, eight times the batch
 
 As in the paper: Eq. (4), a U-Net, an average of its weights. New: a cosine schedule, v in place of
-eps, DDIM, classifier-free guidance. Our own: p(t) = (2 t - 1) / T^2, as large t shape the digit.
+eps, DDIM, classifier-free guidance. Our own: t ~ p(t) = (2 t - 1) / T^2, as large t shape a digit.
 """
 
 import os
@@ -166,7 +166,7 @@ def load_images(path):
 
 
 def train(args, diffusion, net, x, y, saved):
-    """Algorithm 1 for v; a tenth of the labels is hidden. Returns an EMA over about steps / 20."""
+    """Algorithm 1 for v; a tenth of the labels is hidden. Returns an EMA (memory: steps / 20)."""
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / (1 + args.steps / 20)))
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99))
     parts = {"net": net, "ema": average.module, "optimizer": optimizer}

@@ -7,15 +7,14 @@ Every run is a process of its own with the same budget of seconds; training poin
 smalldiffusion has its own example for points and its settings are used. The other two have none:
 both train one and the same plain residual MLP, with their own schedule, loss, average of weights
 and sampler. So does this project in its second row: these rows compare diffusion code, not
-networks. Prints a table with medians over the seeds and writes compare_2d.json and compare_2d.png
-into the folder --out.
+networks. Prints a table with medians over the seeds, and the lowest and the highest; writes
+compare_2d.json and compare_2d.png into the folder --out.
 """
 
 import argparse
 import copy
 import json
 import math
-import re
 import subprocess
 import sys
 import time
@@ -36,13 +35,6 @@ from benchmarks.judge_2d import scores, toy_data  # noqa: E402
 from ddpm_2d import TOYS, Diffusion, NoisePredictor, linear_schedule  # noqa: E402
 
 TITLES = {"swd_ratio": "sliced Wasserstein ratio", "off_support": "share off support"}
-FILES = {  # what a reader of this method has to know
-    "ours": ["ddpm_2d.py"],
-    "ours_plain": ["ddpm_2d.py"],
-    "smalldiffusion": ["diffusion.py", "model.py"],
-    "denoising_diffusion_pytorch": ["denoising_diffusion_pytorch_1d.py"],
-    "diffusers": ["schedulers/scheduling_ddpm.py", "schedulers/scheduling_ddim.py"],
-}
 
 
 def clock(seconds):
@@ -219,12 +211,6 @@ PACKAGES = {
 PLAIN = ("ours_plain", "denoising_diffusion_pytorch", "diffusers")
 
 
-def peak_megabytes(process="self"):
-    """Most memory that a process, given by its number, has used so far. Only on Linux."""
-    status = Path(f"/proc/{process}/status").read_text()
-    return max([0, *map(int, re.findall(r"VmHWM:\s*(\d+)", status))]) / 1024  # 0: it has ended
-
-
 def one_run(name, data, seconds, seed, n):
     """Train one package, draw n samples of each of its samplers and judge them: a row for each."""
     stand_in.install()
@@ -232,14 +218,9 @@ def one_run(name, data, seconds, seed, n):
     net, steps, samplers = PACKAGES[name](data.sample, seconds)
     row = {"package": name, "seconds": seconds, "seed": seed, "steps": steps}
     row["parameters"] = sum(p.numel() for p in net.parameters())
-    row["train_megabytes"] = peak_megabytes()
     rows = []
     for sampler, sample in samplers.items():
-        start = time.perf_counter()
-        x = sample(n).detach()
-        cost = (time.perf_counter() - start) / n * 1e6
-        row |= {"sampler": sampler, "microseconds_per_sample": cost}
-        rows.append(row | scores(data, x))
+        rows.append(row | {"sampler": sampler} | scores(data, sample(n).detach()))
     return rows
 
 
@@ -260,20 +241,12 @@ def median(rows):
     }
 
 
-def medians(rows):
-    """One row for each package, sampler and budget."""
-    groups = {}
+def groups(rows):
+    """Lists of the rows of one package, sampler and budget, whatever the seed."""
+    found = {}
     for row in rows:
-        groups.setdefault((row["package"], row["sampler"], row["seconds"]), []).append(row)
-    return [median(group) for group in groups.values()]
-
-
-def code_lines(package, files):
-    """Lines of these files of a package, or of this project, that are not blank."""
-    stand_in.install()
-    root = ROOT if package.startswith("ours") else Path(__import__(package).__file__).parent
-    text = "\n".join((root / file).read_text() for file in files)
-    return sum(1 for line in text.splitlines() if line.strip())
+        found.setdefault((row["package"], row["sampler"], row["seconds"]), []).append(row)
+    return list(found.values())
 
 
 def draw(rows, path):
@@ -297,22 +270,26 @@ def draw(rows, path):
     figure.savefig(path, dpi=120)
 
 
+def spread(rows, key, form):
+    """The median of several rows, and in brackets the lowest and the highest."""
+    low, middle, high = np.quantile([row[key] for row in rows], [0, 0.5, 1])
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
+
 def table(rows):
     """Print the rows of the longest budget."""
     print("Rows with one and the same plain MLP compare diffusion code; the others do not.\n")
-    print("| package | network | sampler | swd | off support | a sample | steps | memory | lines |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| package | network | sampler | swd | off support | steps of training |")
+    print("|---|---|---|---|---|---|")
     last = max(row["seconds"] for row in rows)
-    for row in rows:
-        if row["seconds"] == last:
-            lines = code_lines(row["package"], FILES[row["package"]])
-            print(
-                f"| {row['package'].replace('_', '-')} "
-                f"| {'plain MLP' if row['package'] in PLAIN else 'its own'} | {row['sampler']} "
-                f"| {row['swd_ratio']:.2f} | {row['off_support']:.2%} "
-                f"| {row['microseconds_per_sample']:.0f} us | {row['steps']:.0f} "
-                f"| {row['train_megabytes']:.0f} MB | {lines} |"
-            )
+    for group in groups([row for row in rows if row["seconds"] == last]):
+        row = median(group)
+        network = "plain MLP" if row["package"] in PLAIN else "its own"
+        print(
+            f"| {row['package'].replace('_', '-')} | {network} | {row['sampler']} "
+            f"| {spread(group, 'swd_ratio', '.2f')} | {spread(group, 'off_support', '.2%')} "
+            f"| {row['steps']:,.0f} |"
+        )
 
 
 def main(argv=None):
@@ -335,14 +312,14 @@ def main(argv=None):
     rows = []
     for seconds, seed, name in tqdm(list(product(args.seconds, range(args.seeds), PACKAGES))):
         rows += in_a_process(__file__, [*flags, name, seconds, seed])
-    middle = medians(rows)
+    middle = [median(group) for group in groups(rows)]
     args.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"data": args.data, "rows": rows, "medians": middle}, indent=1)
     (args.out / "compare_2d.json").write_text(text)
     draw(middle, args.out / "compare_2d.png")
     budget = f"trained for {max(args.seconds):g} seconds"
     print(f"{args.data}, medians of {args.seeds} seeds, {budget}\n")
-    table(middle)
+    table(rows)
     return middle
 
 

@@ -28,7 +28,7 @@ RECOGNISED = """recognised as asked: {recognised:.1%} +- {recognised_error:.1%}
     test digits: {recognised_real:.2%})."""
 FRECHET = """Frechet ratio: {frechet_ratio:.2f}
     is how far the samples are from the test set, by the classifier's features, compared with as
-    many random training digits. Less is better; 1,000 real digits with even classes have 0.6."""
+    many random training digits. Less is better; 1,000 of these, classes even, have 0.7 to 1."""
 NO_FRECHET = """Frechet ratio: none
     Fewer than 1,000 samples look too good; more than 60,000 cannot be compared."""
 BITS = """bits per dimension: {bits:.3f} +- {bits_error:.3f}
